@@ -1,0 +1,1 @@
+"""How a tensor is quantized: grids, products, layers, bit-widths as data."""

@@ -1,0 +1,377 @@
+"""Uniform quantization grids: range -> scale -> codes -> values.
+
+A grid of width b has the integer codes
+
+    affine     0 .. 2^b - 1                    value = code * s + lo
+    symmetric  -(2^(b-1) - 1) .. 2^(b-1) - 1   value = code * s
+
+and the step
+
+    affine     s = max((hi - lo) / (2^b - 1), floor)
+    symmetric  s = max(max(|lo|, |hi|) / (2^(b-1) - 1), floor)
+
+where [lo, hi] is the range of the tensor or of each channel. The affine grid
+with nearest-even rounding is that of CPT (Fu et al., ICLR 2021), so that
+numbers compare. Widths are 2..16; 32 stands for "not quantized" and gives the
+input bit for bit. A width may be traced: it is data, and changing it compiles
+nothing anew.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dpc_jax.quant import noise
+
+MIN_WIDTH = 2
+MAX_WIDTH = 16
+FLOAT_WIDTH = 32
+# CPT's smallest step of weights and activations.
+STEP_FLOOR = 1e-8
+
+KINDS = ("affine", "symmetric")
+GRANULARITIES = ("tensor", "channel")
+ROUNDINGS = ("nearest", "stochastic")
+
+
+class LayerBits(NamedTuple):
+  """Bit-widths of one layer: ints, or int32 arrays of shape () or (layers,).
+
+  Attributes:
+    weights: width of the kernel (of an attention product: of the second
+      operand).
+    activations: width of the layer's input.
+    gradients: width of the gradient at the layer's output.
+  """
+
+  weights: Any
+  activations: Any
+  gradients: Any
+
+
+def as_layer_bits(bits: "int | LayerBits | Sequence[int]") -> LayerBits:
+  """Returns `bits` as LayerBits: b means (b, b, 8), and 32 (32, 32, 32).
+
+  Args:
+    bits: an int, a LayerBits, or three widths in its order. Leaves may be
+      arrays or tracers; only concrete ones are checked.
+
+  Raises:
+    ValueError: a width outside 2..16 and 32, or not three of them.
+  """
+  if isinstance(bits, (tuple, list)):
+    if len(bits) != 3:
+      raise ValueError(
+        f"bits = {bits!r} must be one width or three: weights, activations,"
+        " gradients"
+      )
+    layer = LayerBits(*bits)
+  else:
+    is_float = not isinstance(bits, jax.core.Tracer) and np.all(
+      np.asarray(bits) == FLOAT_WIDTH
+    )
+    layer = LayerBits(bits, bits, FLOAT_WIDTH if is_float else 8)
+  for name, width in zip(LayerBits._fields, layer, strict=True):
+    check_width(width, name)
+  return layer
+
+
+def check_width(bits: Any, name: str = "bits") -> None:
+  """Raises ValueError if a concrete width is not in 2..16 or 32.
+
+  A traced width cannot be read; the grid of one that is out of range is NaN.
+  """
+  if isinstance(bits, jax.core.Tracer):
+    return
+  values = np.asarray(bits)
+  if values.dtype.kind not in "iu" or not np.all(
+    ((values >= MIN_WIDTH) & (values <= MAX_WIDTH)) | (values == FLOAT_WIDTH)
+  ):
+    raise ValueError(
+      f"{name} = {bits!r} is not a bit-width: use an int in {MIN_WIDTH}.."
+      f"{MAX_WIDTH}, or {FLOAT_WIDTH} for no quantization"
+    )
+
+
+def _check_choice(owner: str, field: str, value: Any, known: Any) -> None:
+  if value not in known:
+    raise ValueError(f"{owner}.{field} = {value!r}: use one of {known}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """The kind of grid of one operand; static and hashable.
+
+  Attributes:
+    kind: "affine" or "symmetric".
+    granularity: "tensor", one range, or "channel", one range per output
+      channel of a kernel (per feature of an activation or gradient).
+    rounding: "nearest" (ties to even) or "stochastic" (unbiased).
+  """
+
+  kind: str = "affine"
+  granularity: str = "tensor"
+  rounding: str = "nearest"
+
+  def __post_init__(self):
+    _check_choice("Grid", "kind", self.kind, KINDS)
+    _check_choice("Grid", "granularity", self.granularity, GRANULARITIES)
+    _check_choice("Grid", "rounding", self.rounding, ROUNDINGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+  """How a layer quantizes its three operands; static and hashable.
+
+  The defaults are CPT's quantizer: weights per output channel, activations per
+  tensor, gradients per tensor with stochastic rounding, all affine.
+
+  Attributes:
+    weights: grid of the kernel; None leaves it in float.
+    activations: grid of the layer's input; None leaves it in float.
+    gradients: grid of the gradient at the layer's output; None leaves it in
+      float.
+    storage_bits: None keeps what the backward pass needs in float; 8 keeps
+      8-bit integer codes with their scale and offset. With 8, a wider width
+      (32 included) is refused where it is concrete and gives NaN where it is
+      traced, since a dtype cannot follow a traced width.
+  """
+
+  weights: Grid | None = Grid(granularity="channel")
+  activations: Grid | None = Grid()
+  gradients: Grid | None = Grid(rounding="stochastic")
+  storage_bits: int | None = None
+
+  def __post_init__(self):
+    for field in LayerBits._fields:
+      if not isinstance(getattr(self, field), Grid | None):
+        raise ValueError(
+          f"Quantization.{field} = {getattr(self, field)!r}: use a Grid, or"
+          " None for float"
+        )
+    _check_choice("Quantization", "storage_bits", self.storage_bits, (None, 8))
+
+  @property
+  def is_stochastic(self) -> bool:
+    """Whether any operand is rounded stochastically."""
+    grids = (self.weights, self.activations, self.gradients)
+    return any(g is not None and g.rounding == "stochastic" for g in grids)
+
+
+class Range(NamedTuple):
+  """Smallest and largest value, float32, broadcastable to the tensor."""
+
+  lo: jax.Array
+  hi: jax.Array
+
+
+class Quantized(NamedTuple):
+  """A tensor on a grid: values = codes * scale + offset.
+
+  Attributes:
+    codes: integers, in float32 or in the 8-bit dtype of `storage_codes`.
+    scale: float32 step, broadcastable to `codes`.
+    offset: float32 value of code 0; None for a symmetric grid.
+  """
+
+  codes: jax.Array
+  scale: jax.Array
+  offset: jax.Array | None
+
+
+def value_range(x: jax.Array, axis: tuple[int, ...] | None = None) -> Range:
+  """Range of `x` over all axes but those in `axis`, which are kept.
+
+  Returns float32 arrays of shape () if axis is None, else of x's rank. NaN
+  anywhere gives NaN.
+  """
+  x = x.astype(jnp.float32)
+  if axis is None:
+    return Range(jnp.min(x), jnp.max(x))
+  kept = {a % x.ndim for a in axis}
+  reduced = tuple(a for a in range(x.ndim) if a not in kept)
+  return Range(
+    jnp.min(x, reduced, keepdims=True), jnp.max(x, reduced, keepdims=True)
+  )
+
+
+def guarded(limits: Range, own: Range) -> Range:
+  """`limits`, or NaN where the tensor's own range is not finite.
+
+  Clipping to a range from elsewhere would turn inf, and 8-bit codes NaN too,
+  into numbers.
+  """
+  finite = jnp.isfinite(own.lo) & jnp.isfinite(own.hi)
+  return Range(*(jnp.where(finite, limit, jnp.nan) for limit in limits))
+
+
+def encode(
+  x: jax.Array,
+  bits: jax.Array | int,
+  grid: Grid,
+  limits: Range,
+  *,
+  key: jax.Array | None = None,
+  floor: float | None = STEP_FLOOR,
+  max_width: int = MAX_WIDTH,
+) -> Quantized:
+  """Rounds `x` to the codes of a grid over `limits`; codes are float32.
+
+  Args:
+    x: floating-point tensor; computed in float32 whatever its dtype.
+    bits: width, () int; traced or not. Outside 2..max_width the scale, and so
+      every value, is NaN.
+    grid: kind and rounding; its granularity is that of `limits`.
+    limits: range that the grid spans; values outside are clipped.
+    key: PRNG key for stochastic rounding; None rounds to nearest.
+    floor: smallest step; None (gradients) takes any positive step, and 1 where
+      the range is empty: a floor would take levels away from small gradients.
+    max_width: widest width that is allowed; 32 is allowed with 16 alone, and
+      its codes, those of 16 bits, are for the caller to leave out.
+  """
+  bits = jnp.asarray(bits, jnp.int32)
+  width = jnp.clip(bits, MIN_WIDTH, max_width)
+  if grid.kind == "affine":
+    top = (jnp.int32(1) << width) - 1
+    bottom = jnp.zeros_like(top)
+    offset = limits.lo
+    span = limits.hi - limits.lo
+  else:
+    top = (jnp.int32(1) << (width - 1)) - 1
+    bottom = -top
+    offset = None
+    span = jnp.maximum(jnp.abs(limits.lo), jnp.abs(limits.hi))
+  top, bottom = top.astype(jnp.float32), bottom.astype(jnp.float32)
+  scale = span / top
+  if floor is None:
+    scale = jnp.where(scale == 0, 1.0, scale)
+  else:
+    scale = jnp.maximum(scale, floor)
+  valid = bits == width
+  if max_width == MAX_WIDTH:
+    valid |= bits == FLOAT_WIDTH
+  scale = jnp.where(valid, scale, jnp.nan)
+
+  x32 = x.astype(jnp.float32)
+  steps = (x32 if offset is None else x32 - offset) / scale
+  if grid.rounding == "nearest" or key is None:
+    codes = jnp.round(steps)
+  else:
+    lower = jnp.floor(steps)
+    codes = lower + (
+      noise.uniform(key, x.shape) < _up(x, steps, lower, scale, offset)
+    )
+  return Quantized(jnp.clip(codes, bottom, top), scale, offset)
+
+
+def _up(x, steps, lower, scale, offset):
+  """Probability of rounding up that makes the value unbiased in x's dtype."""
+  if x.dtype == jnp.float32:
+    return steps - lower
+  # In a narrower dtype the neighbors are not the exact grid points: take the
+  # probability between the values that decode will really return.
+  below, above = (
+    decode(Quantized(c, scale, offset), x.dtype).astype(jnp.float32)
+    for c in (lower, lower + 1)
+  )
+  gap = above - below
+  return jnp.where(
+    gap > 0, (x.astype(jnp.float32) - below) / jnp.where(gap > 0, gap, 1), 0
+  )
+
+
+def decode(quantized: Quantized, dtype: Any) -> jax.Array:
+  """Values of the codes, computed in float32, returned in `dtype`."""
+  values = quantized.codes.astype(jnp.float32) * quantized.scale
+  if quantized.offset is not None:
+    values = values + quantized.offset
+  return values.astype(dtype)
+
+
+def storage_codes(quantized: Quantized, grid: Grid) -> Quantized:
+  """The same codes in 8 bits: uint8 (affine) or int8 (symmetric)."""
+  dtype = jnp.uint8 if grid.kind == "affine" else jnp.int8
+  return quantized._replace(codes=quantized.codes.astype(dtype))
+
+
+@jax.custom_jvp
+def _straight_through(x, value):
+  del x
+  return value
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+  return primals[1], tangents[0]
+
+
+def fake_quantize(
+  x: jax.Array,
+  bits: jax.Array | int,
+  grid: Grid,
+  *,
+  axis: int | Sequence[int] | None = None,
+  key: jax.Array | None = None,
+  limits: Range | None = None,
+  floor: float | None = STEP_FLOOR,
+) -> jax.Array:
+  """Rounds `x` to a grid of 2^bits levels, with a straight-through gradient.
+
+  The grid is that of this module's docstring over the range of `x`. The
+  derivative with respect to `x` is the identity, without a clip mask; `bits`,
+  `key` and `limits` get none.
+
+  Args:
+    x: floating-point tensor of any shape. All-zero, constant, one-element and
+      denormal tensors give finite values; NaN or inf anywhere in a range
+      gives NaN over that range.
+    bits: width, 2..16, or 32 to return `x` bit for bit; may be traced.
+    grid: kind, granularity, rounding.
+    axis: the channel axis or axes, for granularity "channel"; None is the last
+      one, where Flax kernels keep their output channels.
+    key: PRNG key, required for stochastic rounding.
+    limits: range of the grid; None takes that of `x`.
+    floor: smallest step; None is the rule for gradients (see `encode`).
+
+  Returns:
+    The values, in x's shape and dtype.
+
+  Raises:
+    ValueError: a concrete width outside 2..16 and 32; stochastic rounding
+      without a key; an integer `x`; an axis for granularity "tensor".
+  """
+  check_width(bits)
+  x = jnp.asarray(x)
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f"x.dtype = {x.dtype}: pass a floating-point array")
+  if grid.rounding == "stochastic" and key is None:
+    raise ValueError("key = None: stochastic rounding needs a PRNG key")
+  if grid.granularity == "tensor" and axis is not None:
+    raise ValueError(
+      f"axis = {axis!r}: granularity 'tensor' has no channel axis; pass"
+      " axis=None, or a Grid with granularity 'channel'"
+    )
+  frozen = lax.stop_gradient(x)
+  own = value_range(frozen, channel_axes(grid, axis))
+  limits = own if limits is None else guarded(limits, own)
+  quantized = encode(frozen, bits, grid, limits, key=key, floor=floor)
+  value = jnp.where(
+    jnp.asarray(bits) == FLOAT_WIDTH, frozen, decode(quantized, x.dtype)
+  )
+  return _straight_through(x, value)
+
+
+def channel_axes(
+  grid: Grid, axis: int | Sequence[int] | None
+) -> tuple[int, ...] | None:
+  """Axes that keep a range of their own: None for granularity "tensor"."""
+  if grid.granularity == "tensor":
+    return None
+  if axis is None:
+    return (-1,)
+  return (axis,) if isinstance(axis, int) else tuple(axis)

@@ -1,0 +1,243 @@
+"""Products with quantized operands, forward and backward.
+
+For a bilinear product P, quantizers Q_x, Q_w, Q_g and the output gradient g:
+
+    y  = P(Q_x(x), Q_w(w))
+    g' = Q_g(g)                        quantized once, used twice
+    dx = dP/dx (Q_w(w)) applied to g'  straight through Q_x, no clip mask
+    dw = dP/dw (Q_x(x)) applied to g'  straight through Q_w
+
+as in CPT. A width of 32 leaves its operand as it is, bit for bit. Widths,
+ranges and keys are data and get no gradient. Reverse mode only.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dpc_jax.quant import grids
+
+
+class _Spec(NamedTuple):
+  """What is static about a product: itself, grids, dtypes, channel axes."""
+
+  product: Callable[[jax.Array, jax.Array], jax.Array]
+  quantization: grids.Quantization
+  dtypes: tuple[Any, Any]
+  weight_axes: tuple[int, ...]
+  gradient_axes: tuple[int, ...]
+
+
+def dot_general(
+  lhs: jax.Array,
+  rhs: jax.Array,
+  dimension_numbers: Any,
+  *,
+  bits: grids.LayerBits,
+  quantization: grids.Quantization,
+  limits: grids.Range | None = None,
+  key: jax.Array | None = None,
+  precision: lax.PrecisionLike = None,
+  preferred_element_type: Any = None,
+) -> jax.Array:
+  """`lax.dot_general` with quantized operands.
+
+  Args:
+    lhs: the activations.
+    rhs: the weights. Its channels are its axes that are not contracted.
+    dimension_numbers: as in `lax.dot_general`.
+    bits: three widths, () int each; traced or not.
+    quantization: the three grids.
+    limits: range of the grid of `lhs`; None takes its own. Where the own range
+      is not finite, the result is NaN in any case.
+    key: PRNG key of stochastic rounding; None rounds to nearest.
+    precision: as in `lax.dot_general`.
+    preferred_element_type: as in `lax.dot_general`.
+
+  Raises:
+    ValueError: a concrete width that is no width, or wider than storage_bits.
+  """
+  (_, contracted), _ = dimension_numbers
+  kept = tuple(a for a in range(rhs.ndim) if a not in contracted)
+  product = functools.partial(
+    lax.dot_general,
+    dimension_numbers=dimension_numbers,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+  )
+  free = len(kept) - len(dimension_numbers[1][1])
+  spec = _Spec(
+    product, quantization, (lhs.dtype, rhs.dtype), kept, tuple(range(-free, 0))
+  )
+  return _quantized_product(spec, lhs, rhs, bits, limits, key)
+
+
+def conv_general_dilated(
+  lhs: jax.Array,
+  rhs: jax.Array,
+  window_strides: Sequence[int],
+  padding: str | Sequence[tuple[int, int]],
+  *,
+  bits: grids.LayerBits,
+  quantization: grids.Quantization,
+  limits: grids.Range | None = None,
+  key: jax.Array | None = None,
+  dimension_numbers: Any = None,
+  **kwargs: Any,
+) -> jax.Array:
+  """`lax.conv_general_dilated` with quantized operands.
+
+  Stride, padding, dilation and groups (depthwise included) are those of
+  `lax.conv_general_dilated`, and further keywords go to it. Padding adds
+  zeros after quantization, as in CPT: they need not lie on the grid. The
+  other arguments, and errors, are those of `dot_general` above.
+  """
+  numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+  product = functools.partial(
+    lax.conv_general_dilated,
+    window_strides=window_strides,
+    padding=padding,
+    dimension_numbers=numbers,
+    **kwargs,
+  )
+  dtypes = (lhs.dtype, rhs.dtype)
+  spec = _Spec(
+    product,
+    quantization,
+    dtypes,
+    (numbers.rhs_spec[0],),
+    (numbers.out_spec[1],),
+  )
+  return _quantized_product(spec, lhs, rhs, bits, limits, key)
+
+
+def einsum(
+  subscripts: str,
+  lhs: jax.Array,
+  rhs: jax.Array,
+  *,
+  bits: grids.LayerBits,
+  quantization: grids.Quantization,
+  limits: grids.Range | None = None,
+  key: jax.Array | None = None,
+  **kwargs: Any,
+) -> jax.Array:
+  """`jnp.einsum` of two operands, both quantized.
+
+  The channels of `rhs` are its axes that appear in the output. `subscripts`
+  must have an explicit "->" and no ellipsis in the second operand. Other
+  arguments and errors as in `dot_general` above; keywords go to `jnp.einsum`.
+  """
+  operands, output = subscripts.replace(" ", "").split("->")
+  axes_of_rhs = operands.split(",")[1]
+  kept = tuple(i for i, c in enumerate(axes_of_rhs) if c in output)
+  # Counted from the right, where an ellipsis cannot shift them.
+  free = tuple(
+    i - len(output) for i, c in enumerate(output) if c in axes_of_rhs
+  )
+  product = functools.partial(jnp.einsum, subscripts, **kwargs)
+  spec = _Spec(product, quantization, (lhs.dtype, rhs.dtype), kept, free)
+  return _quantized_product(spec, lhs, rhs, bits, limits, key)
+
+
+def _quantized_product(spec, x, w, bits, limits, key):
+  quantization = spec.quantization
+  widest = quantization.storage_bits
+  for name, width in zip(grids.LayerBits._fields, bits, strict=True):
+    grids.check_width(width, name)
+    if widest is not None and name != "gradients":
+      check_storage(width, widest, name)
+  if quantization.activations is not None:
+    own = activation_range(x, quantization.activations)
+    limits = own if limits is None else grids.guarded(limits, own)
+  bits = grids.LayerBits(*(jnp.asarray(b, jnp.int32) for b in bits))
+  return _product(spec, x, w, bits, limits, key)
+
+
+def activation_range(x: jax.Array, grid: grids.Grid) -> grids.Range:
+  """Range of a product's first operand; channels are its last axis."""
+  return grids.value_range(lax.stop_gradient(x), grids.channel_axes(grid, None))
+
+
+def check_storage(width: Any, storage_bits: int, name: str) -> None:
+  """Raises ValueError if a concrete width does not fit the stored codes."""
+  if isinstance(width, jax.core.Tracer):
+    return
+  if np.any(np.asarray(width) > storage_bits):
+    raise ValueError(
+      f"{name} = {width} does not fit storage_bits = {storage_bits}: use"
+      f" widths up to {storage_bits}, or storage_bits=None"
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(spec, x, w, bits, limits, key):
+  return _forward(spec, x, w, bits, limits, key)[0]
+
+
+def _forward(spec, x, w, bits, limits, key):
+  quantization = spec.quantization
+  qx = _quantize(
+    x, bits.activations, quantization.activations, limits, key, 1, quantization
+  )
+  weight_limits = None
+  if quantization.weights is not None:
+    axes = grids.channel_axes(quantization.weights, spec.weight_axes)
+    weight_limits = grids.value_range(w, axes)
+  qw = _quantize(
+    w, bits.weights, quantization.weights, weight_limits, key, 2, quantization
+  )
+  y = spec.product(_values(qx, spec.dtypes[0]), _values(qw, spec.dtypes[1]))
+  return y, (qx, qw, bits.gradients, key)
+
+
+def _backward(spec, residuals, g):
+  qx, qw, gradient_bits, key = residuals
+  grid = spec.quantization.gradients
+  if grid is not None:
+    limits = grids.value_range(g, grids.channel_axes(grid, spec.gradient_axes))
+    quantized = grids.encode(
+      g, gradient_bits, grid, limits, key=key, floor=None
+    )
+    g = _select(gradient_bits, g, quantized)
+  x_dtype, w_dtype = spec.dtypes
+  x, w = _values(qx, x_dtype), _values(qw, w_dtype)
+  (dx,) = jax.linear_transpose(lambda v: spec.product(v, w), x)(g)
+  (dw,) = jax.linear_transpose(lambda v: spec.product(x, v), w)(g)
+  return dx, dw, None, None, None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _quantize(x, bits, grid, limits, key, stream, quantization):
+  """Float values on the grid, or 8-bit codes with scale and offset."""
+  if grid is None:
+    return x
+  if key is not None:
+    key = (
+      None if grid.rounding == "nearest" else jax.random.fold_in(key, stream)
+    )
+  storage = quantization.storage_bits
+  max_width = grids.MAX_WIDTH if storage is None else storage
+  quantized = grids.encode(x, bits, grid, limits, key=key, max_width=max_width)
+  if storage is None:
+    return _select(bits, x, quantized)
+  return grids.storage_codes(quantized, grid)
+
+
+def _select(bits, x, quantized):
+  return jnp.where(
+    bits == grids.FLOAT_WIDTH, x, grids.decode(quantized, x.dtype)
+  )
+
+
+def _values(operand, dtype):
+  if isinstance(operand, grids.Quantized):
+    return grids.decode(operand, dtype)
+  return operand

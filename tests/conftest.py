@@ -1,0 +1,36 @@
+"""Test set-up: 8 virtual CPU devices, strict JAX, no network."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+os.environ.setdefault("TFDS_DATA_DIR", str(ROOT / ".cache" / "no-data"))
+# Child processes of the tests compile the same small programs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update(
+  "jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"]
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# On GPUs float32 products default to TF32, which no tolerance here allows.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def shared_data() -> pathlib.Path:
+  """Prepared real data beside the project; absent in a stranger's clone."""
+  if not SHARED_DATA.is_dir():
+    pytest.skip(f"no real data at {SHARED_DATA}")
+  return SHARED_DATA
