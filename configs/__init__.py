@@ -1,0 +1,1 @@
+"""Recipes: one file per experiment; `default.py` explains every field."""

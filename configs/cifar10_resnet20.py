@@ -1,0 +1,25 @@
+"""ResNet-20 on CIFAR-10, CPT's recipe: 64,000 steps of 128, steps at 32k, 48k.
+
+  python -m experiments.train --config=configs/cifar10_resnet20.py:dpc \
+    --workdir=runs/cifar10_resnet20_dpc --config.data.dir=DIR
+
+Methods: float, static8, dpc. Not run at full length here.
+5,000 training images are held out for every choice; to compare with published
+figures, fix the choices first and add --config.data.holdout=0.
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
+  config = default.get_config(method)
+  config.steps = 64_000
+  config.batch_size = 128
+  config.data.name = "cifar10"
+  config.data.holdout = 5_000
+  config.model.name = "resnet20"
+  config.optimizer.learning_rate = 0.1
+  config.optimizer.schedule = "steps"
+  return config

@@ -1,0 +1,32 @@
+"""dpc_jax: Decreasing Precision with layer Capacity, in JAX and Flax."""
+
+from dpc_jax import models
+from dpc_jax.cost.bitops import bitops
+from dpc_jax.cost.macs import layer_costs
+from dpc_jax.policy import schedules
+from dpc_jax.policy.capacity import layer_capacities
+from dpc_jax.policy.dpc import dpc_bit_widths
+from dpc_jax.quant.grids import Grid, LayerBits, Quantization, fake_quantize
+from dpc_jax.quant.layers import QuantConv, QuantDense
+from dpc_jax.quant.precision import assign_bits, layer_bits
+from dpc_jax.quant.wrap import quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "Grid",
+  "LayerBits",
+  "QuantConv",
+  "QuantDense",
+  "Quantization",
+  "assign_bits",
+  "bitops",
+  "dpc_bit_widths",
+  "fake_quantize",
+  "layer_bits",
+  "layer_capacities",
+  "layer_costs",
+  "models",
+  "quantize",
+  "schedules",
+]

@@ -1,0 +1,1 @@
+"""A train state, a step, and the loop around them."""

@@ -1,0 +1,249 @@
+"""From a config to the parts of a run, and to its compiled programs."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from dpc_jax import models
+from dpc_jax.cost import bitops, macs
+from dpc_jax.data import preprocess, sources
+from dpc_jax.policy import schedules
+from dpc_jax.quant import grids
+from dpc_jax.training import checkpoint, sharding
+from dpc_jax.training import config as config_lib
+from dpc_jax.training import optimizer as optimizer_lib
+from dpc_jax.training import state as state_lib
+from dpc_jax.training import step as step_lib
+
+
+class Parts(NamedTuple):
+  """A run, built but not compiled.
+
+  Attributes:
+    config: resolved: `steps` is set.
+    data: the image set, in memory.
+    mesh: of the devices.
+    model: with or without quantization.
+    optimizer: of its parameters.
+    schedule: of its widths; empty for a float model.
+    costs: {path: LayerCost} of the model.
+    prepare: images on the device -> model input.
+    init: key -> TrainState, pure.
+  """
+
+  config: ml_collections.FrozenConfigDict
+  data: sources.ImageData
+  mesh: Mesh
+  model: nn.Module
+  optimizer: optax.GradientTransformation
+  schedule: schedules.Schedule
+  costs: dict[str, bitops.LayerCost]
+  prepare: step_lib.Prepare
+  init: Callable[[jax.Array], state_lib.TrainState]
+
+
+class Programs(NamedTuple):
+  """The compiled programs of a run.
+
+  Attributes:
+    init: () -> TrainState, sharded from birth.
+    train_step: (state, batch) -> (state, metrics); donates the state.
+    eval_step: (state, batch) -> metrics.
+    abstract: the state's shapes, dtypes and shardings.
+    seconds: tracing and compiling the two steps.
+    traces: how often the train step was traced; a run has one.
+  """
+
+  init: Callable[[], state_lib.TrainState]
+  train_step: Callable[..., Any]
+  eval_step: Callable[..., Any]
+  abstract: state_lib.TrainState
+  seconds: float
+  traces: list[int]
+
+
+def build(config: ml_collections.ConfigDict) -> Parts:
+  """Checks a config and builds the run; compiles nothing.
+
+  Raises:
+    ConfigError: one line that names the field, its value and the remedy.
+  """
+  config_lib.validate(config)
+  mesh = sharding.make_mesh(config.mesh.data)
+  with _as_config_error("config.model"):
+    model = make_model(config, num_classes=1)
+  with _as_config_error("config.precision"):
+    schedule = make_schedule(config)
+  with _as_config_error("config.data"):
+    data = sources.load(
+      config.data.name, data_dir=config.data.dir, holdout=config.data.holdout
+    )
+  config = config_lib.resolve(
+    config, len(data.splits["train"]), mesh.shape["data"]
+  )
+  model = make_model(config, num_classes=data.num_classes)
+  optimizer = optimizer_lib.make_optimizer(config)
+  sample = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.float32)
+  with _as_config_error("config.precision"):
+    init = state_lib.make_init(model, optimizer, schedule, sample)
+    jax.eval_shape(init, jax.random.key(0))
+  return Parts(
+    config=config,
+    data=data,
+    mesh=mesh,
+    model=model,
+    optimizer=optimizer,
+    schedule=schedule,
+    costs=macs.layer_costs(model, sample),
+    prepare=make_prepare(config, data),
+    init=init,
+  )
+
+
+def make_model(
+  config: ml_collections.ConfigDict, num_classes: int
+) -> nn.Module:
+  """The model of a config; plain float for the method float."""
+  quantization = None
+  if config.precision.method != "float":
+    kind = config.precision.kind
+    quantization = grids.Quantization(
+      weights=grids.Grid(kind, "channel"),
+      activations=grids.Grid(kind),
+      gradients=grids.Grid(kind, rounding="stochastic"),
+      storage_bits=config.precision.storage_bits,
+    )
+  sizes = {}
+  if config.model.width is not None:
+    sizes["width"] = config.model.width
+  return models.create(
+    config.model.name,
+    num_classes=num_classes,
+    quantization=quantization,
+    **sizes,
+  )
+
+
+def make_schedule(config: ml_collections.ConfigDict) -> schedules.Schedule:
+  """The bit schedule of a config; empty for the method float."""
+  precision = config.precision
+  if precision.method == "float":
+    return schedules.constant({})
+  width = config_lib.static_width(precision.method)
+  if width is not None:
+    operands = (precision.weights, precision.activations)
+    return schedules.constant(
+      grids.LayerBits(
+        *(width if o is None else o for o in operands), precision.gradients
+      )
+    )
+  return schedules.dpc(
+    precision.b_min,
+    precision.b_max,
+    delta=precision.delta,
+    center=precision.center,
+    log_form=precision.log_form,
+    weights=precision.weights,
+    activations=precision.activations,
+    gradients=precision.gradients,
+  )
+
+
+def make_prepare(
+  config: ml_collections.ConfigDict, data: sources.ImageData
+) -> step_lib.Prepare:
+  """Augmentation (with a key, where the config wants it), normalization."""
+  augment = config.data.augment
+  augment = data.augment if augment is None else augment
+
+  def prepare(images, key):
+    if augment and key is not None:
+      images = preprocess.augment(key, images)
+    return preprocess.normalize(images, data.mean, data.std)
+
+  return prepare
+
+
+def compile_programs(parts: Parts) -> Programs:
+  """Compiles init, the train step and the eval step, each once."""
+  config, mesh = parts.config, parts.mesh
+  replicated, batched = sharding.replicated(mesh), sharding.batch(mesh)
+  key = jax.random.key(config.seed)
+  abstract = checkpoint.abstract_state(
+    jax.eval_shape(parts.init, key), replicated
+  )
+  traces = [0]
+  train_step = step_lib.make_train_step(
+    parts.model, parts.optimizer, parts.schedule, parts.prepare
+  )
+
+  def counted(state, batch):
+    traces[0] += 1
+    return train_step(state, batch)
+
+  eval_step = step_lib.make_eval_step(parts.model, parts.prepare)
+  rows = _abstract_batch(config.batch_size, parts.data.image_shape, batched)
+  eval_rows = _abstract_batch(
+    config.eval_batch_size, parts.data.image_shape, batched
+  )
+  eval_rows["mask"] = jax.ShapeDtypeStruct(
+    (config.eval_batch_size,), jnp.float32, sharding=batched
+  )
+  start = time.perf_counter()
+  with matmul_precision(config):
+    compiled_train = (
+      jax.jit(counted, out_shardings=(replicated, replicated), donate_argnums=0)
+      .lower(abstract, rows)
+      .compile()
+    )
+    compiled_eval = (
+      jax.jit(eval_step, out_shardings=replicated)
+      .lower(abstract, eval_rows)
+      .compile()
+    )
+  seconds = time.perf_counter() - start
+  init = jax.jit(parts.init, out_shardings=replicated)
+  return Programs(
+    init=lambda: init(key),
+    train_step=compiled_train,
+    eval_step=compiled_eval,
+    abstract=abstract,
+    seconds=seconds,
+    traces=traces,
+  )
+
+
+def matmul_precision(
+  config: ml_collections.ConfigDict,
+) -> contextlib.AbstractContextManager:
+  """The precision of float32 products; none leaves JAX's setting."""
+  if config.matmul_precision is None:
+    return contextlib.nullcontext()
+  return jax.default_matmul_precision(config.matmul_precision)
+
+
+def _abstract_batch(size, image_shape, batched):
+  return {
+    "image": jax.ShapeDtypeStruct(
+      (size, *image_shape), jnp.uint8, sharding=batched
+    ),
+    "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=batched),
+  }
+
+
+@contextlib.contextmanager
+def _as_config_error(field):
+  try:
+    yield
+  except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    if isinstance(error, config_lib.ConfigError):
+      raise
+    raise config_lib.ConfigError(f"{field}: {error}") from error

@@ -1,0 +1,252 @@
+"""Configs: validated and resolved before anything is built or compiled."""
+
+import hashlib
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+import ml_collections
+
+METHODS = ("float", "static<b>, such as static8", "dpc")
+OPTIMIZERS = ("sgd", "adamw")
+LEARNING_RATE_SCHEDULES = ("constant", "cosine", "steps")
+MATMUL_PRECISIONS = (None, "default", "high", "highest")
+# Where the data lies is the machine's business, not the run's.
+_NOT_COMPARED = ("data.dir",)
+
+
+class ConfigError(ValueError):
+  """A user's mistake; the message is one line: field, value, remedy."""
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Checks what can be checked without the data.
+
+  Raises:
+    ConfigError: naming the first field that is wrong.
+  """
+  if (config.steps is None) == (config.epochs is None):
+    _fail("steps", config.steps, "set exactly one of steps and epochs")
+  for name in (
+    "batch_size",
+    "eval_batch_size",
+    "eval_every",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+  ):
+    _check(config, name, config[name] >= 1, "must be at least 1")
+  _check(config, "seed", config.seed >= 0, "must be 0 or more")
+  for name in ("steps", "epochs"):
+    length = config[name]
+    _check(
+      config,
+      name,
+      length is None or (math.isfinite(length) and length > 0),
+      "must be positive",
+    )
+  _check_choice(config, "matmul_precision", MATMUL_PRECISIONS)
+  _validate_precision(config)
+  _validate_optimizer(config)
+  for axis in ("fsdp", "tensor"):
+    _check(
+      config,
+      f"mesh.{axis}",
+      config.mesh[axis] == 1,
+      "only 1 is supported: the batch is sharded, parameters are replicated",
+    )
+
+
+def static_width(method: str) -> int | None:
+  """The width b of the method static<b>, or None for another method."""
+  match = re.fullmatch(r"static(\d+)", method)
+  return int(match[1]) if match else None
+
+
+def _validate_precision(config) -> None:
+  precision = config.precision
+  static = static_width(precision.method)
+  _check(
+    config,
+    "precision.method",
+    precision.method in ("float", "dpc") or static is not None,
+    f"use one of {', '.join(METHODS)}",
+  )
+  if static is not None:
+    _check(
+      config,
+      "precision.method",
+      2 <= static <= 16,
+      "the width must be in 2..16",
+    )
+  for name in ("b_min", "b_max"):
+    _check(
+      config,
+      f"precision.{name}",
+      2 <= precision[name] <= 16,
+      "must be in 2..16",
+    )
+  _check(
+    config,
+    "precision.b_min",
+    precision.b_min <= precision.b_max,
+    f"must not exceed precision.b_max = {precision.b_max}",
+  )
+  for name in ("weights", "activations", "gradients"):
+    width = precision[name]
+    _check(
+      config,
+      f"precision.{name}",
+      width is None or 2 <= width <= 16 or width == 32,
+      "must be in 2..16, or 32 for float",
+    )
+  _check_choice(config, "precision.kind", ("affine", "symmetric"))
+  _check_choice(config, "precision.storage_bits", (None, 8))
+  widest = static if static is not None else precision.b_max
+  for name in ("weights", "activations"):
+    width = widest if precision[name] is None else precision[name]
+    _check(
+      config,
+      "precision.storage_bits",
+      precision.storage_bits is None
+      or precision.method == "float"
+      or width <= precision.storage_bits,
+      f"a width of {width} ({name}) does not fit; leave it out",
+    )
+
+
+def _validate_optimizer(config) -> None:
+  optimizer = config.optimizer
+  _check_choice(config, "optimizer.name", OPTIMIZERS)
+  _check_choice(config, "optimizer.schedule", LEARNING_RATE_SCHEDULES)
+  for name in ("learning_rate", "weight_decay"):
+    value = optimizer[name]
+    _check(
+      config,
+      f"optimizer.{name}",
+      math.isfinite(value) and value >= 0,
+      "must be finite and not negative",
+    )
+  for name in ("momentum", "warmup"):
+    _check(
+      config,
+      f"optimizer.{name}",
+      0 <= optimizer[name] < 1,
+      "must be in [0, 1)",
+    )
+  _check(
+    config,
+    "optimizer.boundaries",
+    all(0 < b < 1 for b in optimizer.boundaries)
+    and list(optimizer.boundaries) == sorted(set(optimizer.boundaries)),
+    "must be increasing fractions of the run, in (0, 1)",
+  )
+
+
+def resolve(
+  config: ml_collections.ConfigDict, train_size: int, devices: int
+) -> ml_collections.FrozenConfigDict:
+  """Fills in what depends on the data and the devices.
+
+  Args:
+    config: a validated config.
+    train_size: number of training images.
+    devices: devices on the mesh's data axis.
+
+  Returns:
+    The config with `steps` set, and `eval_batch_size` a multiple of `devices`.
+
+  Raises:
+    ConfigError: a batch that does not divide over the devices; a run of less
+      than one step.
+  """
+  config = ml_collections.ConfigDict(config.to_dict())
+  if config.batch_size % devices:
+    _fail(
+      "batch_size",
+      config.batch_size,
+      f"must be a multiple of the {devices} devices of mesh.data",
+    )
+  if config.steps is None:
+    config.steps = int(config.epochs * train_size // config.batch_size)
+    if config.steps < 1:
+      _fail(
+        "epochs",
+        config.epochs,
+        f"{train_size} images in batches of {config.batch_size} give no step",
+      )
+  config.eval_batch_size = -(-config.eval_batch_size // devices) * devices
+  return ml_collections.FrozenConfigDict(config)
+
+
+def config_hash(config: Any) -> str:
+  """First 12 hex digits of the SHA-256 of the config without `data.dir`."""
+  text = json.dumps(_compared(config), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def claim_workdir(config: Any, workdir: pathlib.Path) -> None:
+  """Writes `config.json`, or checks that the one there is the same.
+
+  Raises:
+    ConfigError: the workdir holds a run of another config.
+  """
+  path = workdir / "config.json"
+  if path.exists():
+    try:
+      there = _flat(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+      raise ConfigError(
+        f"workdir = {workdir}: config.json is damaged ({error}); use another"
+        " workdir"
+      ) from None
+    here = _flat(json.loads(json.dumps(config.to_dict())))
+    for name in sorted({*here, *there} - set(_NOT_COMPARED)):
+      if here.get(name) != there.get(name):
+        raise ConfigError(
+          f"workdir = {workdir}: holds a run with {name} ="
+          f" {there.get(name)!r}, not {here.get(name)!r}; use another workdir,"
+          " or delete it"
+        )
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+  temporary.replace(path)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f"{prefix}{name}.")
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def _compared(config) -> dict[str, Any]:
+  flat = _flat(json.loads(json.dumps(config.to_dict())))
+  return {k: v for k, v in flat.items() if k not in _NOT_COMPARED}
+
+
+def _value(config, name):
+  for part in name.split("."):
+    config = config[part]
+  return config
+
+
+def _fail(name, value, remedy) -> None:
+  raise ConfigError(f"config.{name} = {value!r}: {remedy}")
+
+
+def _check(config, name, is_right, remedy) -> None:
+  if not is_right:
+    _fail(name, _value(config, name), remedy)
+
+
+def _check_choice(config, name, known) -> None:
+  listed = ", ".join("none" if k is None else str(k) for k in known)
+  _check(config, name, _value(config, name) in known, f"use one of {listed}")

@@ -1,0 +1,188 @@
+"""What a run writes and shows while it goes: JSON lines, events, progress."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from dpc_jax.training import step as step_lib
+
+
+class Sums:
+  """Sums of step metrics over an interval, as Python floats (float64)."""
+
+  def __init__(self, loss: float = 0.0, correct: float = 0.0, count: float = 0):
+    """Starts from given sums, those of a checkpoint for instance."""
+    self.loss, self.correct, self.count = loss, correct, count
+
+  def add(self, metrics: Iterable[step_lib.Metrics]) -> None:
+    """Adds step metrics; waits for the device."""
+    for m in jax.device_get(list(metrics)):
+      self.loss += float(m.loss)
+      self.correct += float(m.correct)
+      self.count += float(m.count)
+
+  def as_dict(self) -> dict[str, float]:
+    """The sums themselves."""
+    return {"loss": self.loss, "correct": self.correct, "count": self.count}
+
+  def means(self) -> dict[str, float]:
+    """Loss in nats and accuracy in [0, 1], per example."""
+    return {
+      "loss": self.loss / self.count,
+      "accuracy": self.correct / self.count,
+    }
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The objects of a JSON-lines file; [] if there is none.
+
+  A line cut short, by a kill, is left out.
+  """
+  if not path.exists():
+    return []
+  lines = []
+  for line in path.read_text().splitlines():
+    try:
+      lines.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue
+  return lines
+
+
+def cut_lines(path: pathlib.Path, end: int) -> None:
+  """Removes the lines of a JSON-lines file whose step is `end` or later."""
+  if path.exists():
+    kept = [line for line in read_lines(path) if line["step"] < end]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary.replace(path)
+
+
+class Writer:
+  """Writes `metrics.jsonl` and, where TensorFlow is, TensorBoard events."""
+
+  def __init__(self, workdir: pathlib.Path):
+    """Opens both in `workdir`; says so in one line if events cannot be."""
+    self._path = workdir / "metrics.jsonl"
+    self._events = _event_writer(workdir)
+
+  def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    """Appends one object: step, split and the values."""
+    with self._path.open("a") as file:
+      file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+    if self._events is not None:
+      self._events.write_scalars(
+        step, {f"{split}/{k}": v for k, v in values.items()}
+      )
+
+  def write_bits(self, step: int, bits: Mapping[str, Any]) -> None:
+    """Writes the width of the weights of every layer as `bits/<path>`."""
+    if self._events is None:
+      return
+    scalars = {}
+    for path, layer in bits.items():
+      if layer.weights.ndim == 0:
+        scalars[f"bits/{path}"] = int(layer.weights)
+      else:
+        for i, width in enumerate(layer.weights.tolist()):
+          scalars[f"bits/{path}/{i}"] = width
+    self._events.write_scalars(step, scalars)
+
+  def close(self) -> None:
+    """Flushes and closes the events."""
+    if self._events is not None:
+      self._events.flush()
+      self._events.close()
+
+
+def _event_writer(workdir: pathlib.Path) -> Any:
+  # TensorFlow's start-up notes say nothing about the run.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  try:
+    from clu import metric_writers  # seconds: it imports TensorFlow
+  except ImportError as error:
+    print(f"no TensorBoard events ({error}); metrics.jsonl has everything")
+    return None
+  return metric_writers.SummaryWriter(str(workdir))
+
+
+class Progress:
+  """One line that tells how far the run is; live on a terminal."""
+
+  def __init__(self, label: str, steps: int):
+    """`label` names the run, `steps` is its length."""
+    self._label, self._steps = label, steps
+    self._live = sys.stdout.isatty()
+    self._width = 0
+
+  def show(self, step: int, values: Mapping[str, float]) -> None:
+    """Shows a training interval: loss, accuracy, bits, cost, rate, ETA."""
+    rate = values["images_per_second"]
+    left = values["seconds_left"]
+    line = (
+      f"{self._label} step {step}/{self._steps}"
+      f"  epoch {values['epoch']:.1f}  loss {values['loss']:.3f}"
+      f"  accuracy {values['accuracy']:.3f}"
+      f"  bits {values['mean_bits']:.2f}"
+      f"  cost {values['relative_cost']:.1%}"
+      f"  {rate:,.0f} images/s  ETA {_clock(left)}"
+    )
+    if not self._live:
+      print(line, flush=True)
+      return
+    print("\r" + line.ljust(self._width), end="", flush=True)
+    self._width = len(line)
+
+  def note(self, text: str) -> None:
+    """Prints a line that stays."""
+    if self._live and self._width:
+      print()
+      self._width = 0
+    print(f"{self._label} {text}", flush=True)
+
+
+def _clock(seconds: float) -> str:
+  if not math.isfinite(seconds):
+    return "?"
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+  return f"{minutes}:{seconds:02d}"
+
+
+class Stopwatch:
+  """Wall time, with training time apart from evaluation and saving."""
+
+  def __init__(self, seconds: float = 0.0):
+    """Starts now, on top of the seconds of a run that goes on."""
+    self._start = time.perf_counter() - seconds
+    self._mark = time.perf_counter()
+    self._steps = 0
+
+  def seconds(self) -> float:
+    """Seconds of the whole run so far."""
+    return time.perf_counter() - self._start
+
+  def resume(self) -> None:
+    """Begins a stretch of training; leaves out what came since the last."""
+    self._mark = time.perf_counter()
+    self._steps = 0
+
+  def count_step(self) -> None:
+    """Counts a training step of this stretch."""
+    self._steps += 1
+
+  def seconds_per_step(self) -> float:
+    """Mean over the stretch; NaN before its first step."""
+    if self._steps == 0:
+      return math.nan
+    return (time.perf_counter() - self._mark) / self._steps

@@ -1,0 +1,59 @@
+"""The device mesh and the shardings of state and batches.
+
+Data parallel: the batch is split over the axis `data`, the state replicated.
+Ranges, batch statistics and losses are those of the whole batch, since XLA's
+partitioner keeps the meaning of the program.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dpc_jax.training import config as config_lib
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(data: int | None = None) -> Mesh:
+  """A mesh of the axes data, fsdp and tensor; the last two have size 1.
+
+  Args:
+    data: number of devices; None takes all. Less than all is for one process
+      alone.
+
+  Raises:
+    ConfigError: more devices than there are, or a part of several processes'.
+  """
+  available = jax.device_count()
+  data = available if data is None else data
+  if not 1 <= data <= available:
+    raise config_lib.ConfigError(
+      f"config.mesh.data = {data}: there are {available} devices"
+    )
+  if data != available and jax.process_count() > 1:
+    raise config_lib.ConfigError(
+      f"config.mesh.data = {data}: with several processes it must be all"
+      f" {available} devices"
+    )
+  devices = np.asarray(jax.devices()[:data]).reshape(data, 1, 1)
+  return Mesh(devices, AXES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of the state: a copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch(mesh: Mesh) -> NamedSharding:
+  """The sharding of a batch: its leading axis over `data`."""
+  return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def put_batch(rows: Any, mesh: Mesh) -> Any:
+  """Makes the global batch of this process's rows (a pytree of arrays)."""
+  sharding = batch(mesh)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), rows
+  )

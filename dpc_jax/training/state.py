@@ -1,0 +1,91 @@
+"""The train state: all that a run needs to go on, and nothing else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpc_jax.cost import bitops
+from dpc_jax.policy import capacity, schedules
+from dpc_jax.quant import precision
+
+
+@flax.struct.dataclass
+class TrainState:
+  """A pytree of arrays of fixed structure, shapes and dtypes.
+
+  Attributes:
+    step: int32, the number of steps done.
+    params: master weights, float32.
+    model_state: every other collection, merged after each step, never
+      replaced: `batch_stats`, `precision`, `quant_stats`.
+    opt_state: of the optax transformation.
+    schedule_state: of the bit schedule.
+    cost: exact sums of products of bit-widths so far.
+    rng: PRNG key of the run; a step folds its number into it. None only where
+      nothing random is in the model.
+  """
+
+  step: jax.Array
+  params: Any
+  model_state: dict[str, Any]
+  opt_state: Any
+  schedule_state: Any
+  cost: bitops.RunCost
+  rng: jax.Array | None
+
+
+def make_init(
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  schedule: schedules.Schedule,
+  sample: jax.ShapeDtypeStruct,
+) -> Callable[[jax.Array], TrainState]:
+  """Returns `init(key) -> TrainState`, pure: eval_shape, shard, then jit it.
+
+  The widths of step 0 are already assigned. A model without the collection
+  `precision` gets an empty schedule.
+
+  Args:
+    model: takes `sample`; its variables are those of `model.init`.
+    optimizer: of `params`.
+    schedule: of the widths of all layers in `precision`.
+    sample: shape and dtype of the input.
+  """
+
+  def init_model(key):
+    return model.init(key, jnp.zeros(sample.shape, sample.dtype))
+
+  abstract = jax.eval_shape(init_model, jax.random.key(0))
+  capacities = quantized_capacities(abstract)
+
+  def init(key: jax.Array) -> TrainState:
+    init_key, run_key = jax.random.split(key)
+    variables = init_model(init_key)
+    schedule_state = schedule.init(capacities)
+    bits, _ = schedule.update(schedule_state, step=jnp.int32(0))
+    if bits:
+      variables = precision.assign_bits(variables, bits)
+    model_state = {k: v for k, v in variables.items() if k != "params"}
+    return TrainState(
+      step=jnp.int32(0),
+      params=variables["params"],
+      model_state=model_state,
+      opt_state=optimizer.init(variables["params"]),
+      schedule_state=schedule_state,
+      cost=bitops.init_run_cost(bits),
+      rng=run_key,
+    )
+
+  return init
+
+
+def quantized_capacities(variables: Any) -> dict[str, Any]:
+  """{path: N_k} of the quantized layers; empty for a float model."""
+  if "precision" not in variables:
+    return {}
+  return capacity.layer_capacities(variables)

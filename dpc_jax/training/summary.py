@@ -1,0 +1,132 @@
+"""`summary.json`: what a finished run has to say."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpc_jax.cost import bitops
+from dpc_jax.training import build
+from dpc_jax.training import config as config_lib
+from dpc_jax.training import metrics as metrics_lib
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def run_cost(
+  parts: build.Parts, cost: bitops.RunCost, steps: int
+) -> bitops.RunBitops:
+  """Cost of a run's first `steps` steps, static width B_max for comparison."""
+  return bitops.run_bitops(
+    parts.costs,
+    cost,
+    steps=steps,
+    batch_size=parts.config.batch_size,
+    static_bits=parts.config.precision.b_max,
+  )
+
+
+def summarize(
+  parts: build.Parts,
+  cost: bitops.RunCost,
+  bits: dict[str, Any],
+  lines: list[dict[str, Any]],
+) -> dict[str, Any]:
+  """The summary of a finished run, without its times.
+
+  Args:
+    parts: of the run.
+    cost: of its final state.
+    bits: of its last step.
+    lines: of `metrics.jsonl`.
+
+  Returns:
+    `test_accuracy` is the last one, `best_test_accuracy` the highest of all
+    evaluations; with images held out, `validation_accuracy` is the last one
+    and `test_accuracy_at_best_validation` the honest choice of a checkpoint.
+    `gbitops` is the run's cost / 1e9; the savings are fractions of the cost of
+    static B_max and of float32.
+  """
+  config = parts.config
+  run = run_cost(parts, cost, config.steps)
+  test = [line for line in lines if line["split"] == "test"]
+  summary = {
+    "method": config.precision.method,
+    "model": config.model.name,
+    "dataset": config.data.name,
+    "seed": config.seed,
+    "steps": config.steps,
+    "test_accuracy": test[-1]["accuracy"],
+    "best_test_accuracy": max(line["accuracy"] for line in test),
+  }
+  validation = [line for line in lines if line["split"] == "validation"]
+  if validation:
+    best = max(validation, key=lambda line: line["accuracy"])
+    at_best = [line for line in test if line["step"] == best["step"]]
+    summary["validation_accuracy"] = validation[-1]["accuracy"]
+    summary["test_accuracy_at_best_validation"] = at_best[0]["accuracy"]
+  return summary | {
+    "gbitops": run.total / 1e9,
+    "saving_vs_static": run.saving_vs_static,
+    "saving_vs_float": run.saving_vs_float,
+    "mean_bits": run.mean_bits,
+    "bits": {
+      path: [np.asarray(width).tolist() for width in layer]
+      for path, layer in bits.items()
+    },
+    "layers": {
+      path: {"weights": c.weights, "macs": c.macs, "layers": c.layers}
+      for path, c in parts.costs.items()
+    },
+    "float_layers": list(run.float_layers),
+    "config_hash": config_lib.config_hash(config),
+  }
+
+
+def environment() -> dict[str, Any]:
+  """The device and the versions that a run ran on."""
+  devices = jax.devices()
+  return {
+    "device": f"{len(devices)} x {devices[0].device_kind}",
+    "versions": {
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    },
+  }
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """The summary of a finished run, or None."""
+  path = workdir / "summary.json"
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def write(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
+  """Writes the summary, whole or not at all."""
+  temporary = workdir / "summary.tmp"
+  temporary.write_text(json.dumps(summary, indent=2) + "\n")
+  temporary.replace(workdir / "summary.json")
+
+
+def layer_table(parts: build.Parts, bits: dict[str, Any]) -> str:
+  """A text table of the layers: N_k, MACs, widths (weights/activations/...)."""
+  rows = [("layer", "N_k", "MACs", "bits w/a/g")]
+  for path, cost in parts.costs.items():
+    widths = "float"
+    if path in bits:
+      widths = "/".join(str(np.asarray(w).tolist()) for w in bits[path])
+    rows.append((path, f"{cost.weights:,}", f"{cost.macs:,}", widths))
+  sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return "\n".join(
+    f"{r[0]:<{sizes[0]}}  {r[1]:>{sizes[1]}}  {r[2]:>{sizes[2]}}  {r[3]}"
+    for r in rows
+  )
+
+
+def read_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of `metrics.jsonl`."""
+  return metrics_lib.read_lines(workdir / "metrics.jsonl")
