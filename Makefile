@@ -1,0 +1,32 @@
+# make demo, make test: each sets up .venv first and starts within seconds later.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The persistent compilation cache: a second run need not compile again.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m experiments.compare --config=configs/digits_resnet8.py \
+	  --methods=static8,dpc --workdir=runs/demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11: make PYTHON=python3.12"; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache build runs/demo

@@ -1,0 +1,1 @@
+"""Measurements: ratios of interleaved runs, never a lone clock."""

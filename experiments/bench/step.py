@@ -1,0 +1,228 @@
+"""Times the train step of a recipe: float, static, DPC, DPC with 8-bit storage.
+
+  python -m experiments.bench.step --config=configs/cifar10_resnet38.py \
+    --workdir=runs/bench
+
+All variants take the same batch and are timed in turns, so that what else the
+machine does hits all of them; a ratio is the median over rounds of a variant's
+time to the float step's time in the same round. Images are random, of the data
+set's shape: no data set is needed. Memory is what the compiled program asks
+for: arguments, results and temporaries, less what they share.
+"""
+
+import copy
+import json
+import pathlib
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+from dpc_jax.analysis import report
+from dpc_jax.data import pipeline, sources
+from dpc_jax.training import build, sharding, summary
+from experiments import cli
+
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds of one timing each.")
+_STEPS = flags.DEFINE_integer("steps", 3, "Steps per timing.")
+_JSON = flags.DEFINE_string("json", None, "File to write; none: the workdir.")
+
+# Image shape and classes of each data set.
+_SHAPES = {
+  "digits": ((8, 8, 1), 10),
+  "cifar10": ((32, 32, 3), 10),
+  "cifar100": ((32, 32, 3), 100),
+}
+_MIB = 2**20
+
+
+class Variant(NamedTuple):
+  """A compiled variant and what it took to compile."""
+
+  step: Callable[..., Any]
+  state: Any
+  compile_seconds: float
+  peak_bytes: int
+  temporary_bytes: int
+
+
+def variants(config: Any) -> dict[str, Any]:
+  """{label: config} of what is compared; the first one is the baseline."""
+  b_max = config.precision.b_max
+  configs = {}
+  for label, method, storage in (
+    ("float", "float", None),
+    (f"static{b_max}", f"static{b_max}", None),
+    ("dpc", "dpc", None),
+    ("dpc, 8-bit storage", "dpc", 8),
+  ):
+    variant = copy.deepcopy(config)
+    variant.precision.method = method
+    variant.precision.storage_bits = storage
+    configs[label] = variant
+  return configs
+
+
+def random_images(name: str, count: int) -> sources.ImageData:
+  """Random images of a data set's shape, under its name."""
+  shape, classes = _SHAPES[name]
+  rng = np.random.default_rng(0)
+  split = sources.Split(
+    rng.integers(0, 256, (count, *shape), np.uint8),
+    rng.integers(0, classes, count, np.int32),
+  )
+  return sources.ImageData(
+    splits={"train": split, "test": split},
+    num_classes=classes,
+    image_shape=shape,
+    mean=(0.5,) * shape[-1],
+    std=(0.25,) * shape[-1],
+    class_names=tuple(map(str, range(classes))),
+    augment=name != "digits",
+  )
+
+
+def compile_variant(parts: build.Parts) -> Variant:
+  """Compiles a variant's train step and makes its first state."""
+  programs = build.compile_programs(parts)
+  memory = programs.train_step.memory_analysis()
+  return Variant(
+    step=programs.train_step,
+    state=programs.init(),
+    compile_seconds=programs.seconds,
+    peak_bytes=memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes,
+    temporary_bytes=memory.temp_size_in_bytes,
+  )
+
+
+def time_in_turns(
+  compiled: dict[str, Variant], batch: Any, rounds: int, steps: int
+) -> dict[str, list[float]]:
+  """Seconds per step, {label: one per round}; states are donated onwards."""
+  states = {label: variant.state for label, variant in compiled.items()}
+  seconds = {label: [] for label in compiled}
+  for i in range(rounds + 1):
+    for label, variant in compiled.items():
+      start = time.perf_counter()
+      for _ in range(steps):
+        states[label], metrics = variant.step(states[label], batch)
+      jax.block_until_ready((states[label], metrics))
+      if i:  # the first round warms up
+        seconds[label].append((time.perf_counter() - start) / steps)
+  return seconds
+
+
+def input_rate(data: sources.ImageData, batch_size: int) -> float:
+  """Images/s of the host's input alone: order, gather, copy to the device."""
+  batches = pipeline.TrainBatches(
+    data.splits["train"], batch_size=batch_size, seed=0
+  )
+  rates = []
+  for step in range(30):
+    start = time.perf_counter()
+    jax.block_until_ready(jax.device_put(batches.batch(step)))
+    rates.append(batch_size / (time.perf_counter() - start))
+  return statistics.median(rates)
+
+
+def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
+  """The measurements of one recipe, as they go into the JSON file."""
+  data = random_images(config.data.name, max(2048, config.batch_size))
+  config.data.holdout = 0
+  compiled = {}
+  for label, variant in variants(config).items():
+    print(f"compiling {label}", flush=True)
+    parts = build.build(variant, data)
+    compiled[label] = compile_variant(parts)
+  rows = pipeline.TrainBatches(
+    data.splits["train"], batch_size=config.batch_size, seed=0
+  ).batch(0)
+  seconds = time_in_turns(
+    compiled, sharding.put_batch(rows, parts.mesh), rounds, steps
+  )
+  base = next(iter(compiled))
+  results = {}
+  for label, variant in compiled.items():
+    ratios = [
+      own / other
+      for own, other in zip(seconds[label], seconds[base], strict=True)
+    ]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    median = statistics.median(seconds[label])
+    results[label] = {
+      "ratio": statistics.median(ratios),
+      "ratio_quartiles": [low, high],
+      "milliseconds": 1e3 * median,
+      "images_per_second": config.batch_size / median,
+      "compile_seconds": variant.compile_seconds,
+      "peak_mib": variant.peak_bytes / _MIB,
+      "peak_ratio": variant.peak_bytes / compiled[base].peak_bytes,
+      "temporary_mib": variant.temporary_bytes / _MIB,
+    }
+  return {
+    "model": config.model.name,
+    "batch_size": config.batch_size,
+    "rounds": rounds,
+    "steps_per_round": steps,
+    "input_images_per_second": input_rate(data, config.batch_size),
+    "variants": results,
+  }
+
+
+def main() -> None:
+  """Measures `--config`, prints a table, writes the JSON file."""
+  start = time.perf_counter()
+  results = measure(cli.FLAGS.config, _ROUNDS.value, _STEPS.value)
+  results |= summary.environment()
+  results["command"] = " ".join(
+    ["python -m experiments.bench.step", *map(shlex.quote, sys.argv[1:])]
+  )
+  results["wall_seconds"] = time.perf_counter() - start
+  name = f"step_{results['model']}.json"
+  path = pathlib.Path(_JSON.value or pathlib.Path(cli.FLAGS.workdir) / name)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(results, indent=2) + "\n")
+  header = (
+    "train step",
+    "/ float",
+    "quartiles",
+    "ms",
+    "images/s",
+    "compile s",
+    "peak MiB",
+    "/ float",
+  )
+  table = [
+    (
+      label,
+      f"{r['ratio']:.2f}",
+      "{:.2f}..{:.2f}".format(*r["ratio_quartiles"]),
+      f"{r['milliseconds']:.1f}",
+      f"{r['images_per_second']:,.0f}",
+      f"{r['compile_seconds']:.1f}",
+      f"{r['peak_mib']:,.0f}",
+      f"{r['peak_ratio']:.2f}",
+    )
+    for label, r in results["variants"].items()
+  ]
+  print(
+    f"\n{results['model']}, batch {results['batch_size']},"
+    f" {results['device']}\n"
+  )
+  print(report.text_table(table, header))
+  print(f"\ninput alone: {results['input_images_per_second']:,.0f} images/s")
+  print(f"written: {path}")
+
+
+if __name__ == "__main__":
+  cli.define_config()
+  sys.exit(cli.run(main, sys.argv))
