@@ -64,7 +64,7 @@ def bits_per_layer(
   top.legend(loc="lower left", ncols=len(runs), frameon=False)
   bottom.bar(x, sizes, color="#999999", width=0.7)
   bottom.set_yscale("log")
-  bottom.set_ylabel("weights, N_k")
+  bottom.set_ylabel("weights, $N_k$")
   if len(x) <= _NAMED_LAYERS:
     bottom.set_xticks(x, names, rotation=40, ha="right", fontsize=8)
   else:

@@ -1,0 +1,1 @@
+"""What a run costs: a model to multiply-accumulates, bits to BitOPs."""

@@ -1,0 +1,1 @@
+"""How many bits a layer gets: numbers in, numbers out."""

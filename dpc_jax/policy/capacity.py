@@ -1,0 +1,96 @@
+"""Layer capacities: the number of weights N_k of every layer (paper Eq. 1)."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpc_jax.quant import grids
+
+
+def layer_capacities(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Number of weights N_k of every layer, in the order of the mapping.
+
+  A layer is a dict in the collection `precision` that holds the leaves
+  `weights`, `activations` and `gradients`; its path is the '/'-joined module
+  path, '' for a layer at the root. N_k is the size of its `kernel` in
+  `params`: no bias, no normalization (our decision). Without the collection
+  (a float model) every leaf named `kernel` is a layer.
+
+  A layer stacked by `nn.scan` holds widths of shape (layers,). It gives an
+  array of that shape, so that it counts once per stacked layer in a median or
+  a mean. A float model does not say what is stacked: there the whole kernel
+  counts as one layer.
+
+  Args:
+    variables: all collections, as `model.init` returns them. Arrays, abstract
+      arrays (`jax.eval_shape`), boxed parameters and frozen dicts will do.
+
+  Returns:
+    {path: N_k}, N_k an int, or an int64 array of shape (layers,).
+
+  Raises:
+    ValueError: there is no collection `params`, or a layer has no kernel, or
+      its kernel does not divide into its stacked layers.
+  """
+  if "params" not in variables:
+    raise ValueError(
+      f"variables: no collection 'params' in {sorted(variables)}; "
+      "pass the whole dict that model.init returns"
+    )
+  params = variables["params"]
+  precision = variables.get("precision")
+  if not precision:
+    return {
+      path: _shape_size(node["kernel"])[1]
+      for path, node in _nodes(params)
+      if _is_leaf(node, "kernel")
+    }
+  return {
+    path: _capacity(path, _shape_size(node["weights"])[0], params)
+    for path, node in _nodes(precision)
+    if all(_is_leaf(node, name) for name in grids.LayerBits._fields)
+  }
+
+
+def _capacity(path: str, stack: tuple[int, ...], params: Mapping) -> Any:
+  """N_k of the layer at `path`; `stack` is the shape of its widths."""
+  node = params
+  for name in path.split("/") if path else ():
+    node = node.get(name, {}) if isinstance(node, Mapping) else {}
+  if not (isinstance(node, Mapping) and _is_leaf(node, "kernel")):
+    raise ValueError(
+      f"layer {path!r} has widths but no 'kernel' in params; "
+      "pass variables of one model"
+    )
+  size = _shape_size(node["kernel"])[1]
+  if not stack:
+    return size
+  if size % math.prod(stack):
+    raise ValueError(
+      f"layer {path!r}: a kernel of {size} weights does not divide into "
+      f"widths of shape {stack}; stack both along the same axis"
+    )
+  return np.full(stack, size // math.prod(stack), np.int64)
+
+
+def _nodes(
+  tree: Mapping[str, Any], path: str = ""
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+  """Every mapping of a nested mapping with its path, parents first."""
+  yield path, tree
+  for name, child in tree.items():
+    if isinstance(child, Mapping):
+      yield from _nodes(child, f"{path}/{name}" if path else name)
+
+
+def _is_leaf(node: Mapping[str, Any], name: str) -> bool:
+  return name in node and not isinstance(node[name], Mapping)
+
+
+def _shape_size(leaf: Any) -> tuple[tuple[int, ...], int]:
+  """Shape and size of a leaf; a boxed parameter is a tree of one leaf."""
+  (value,) = jax.tree.leaves(leaf)
+  return tuple(np.shape(value)), math.prod(np.shape(value))
