@@ -38,7 +38,18 @@ def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
   model.name = "resnet8"  # see dpc_jax.models.names()
   model.width = config_dict.placeholder(int)  # none: the model's own
 
-  config.precision = precision = ml_collections.ConfigDict()
+  config.precision = _precision(method)
+  config.optimizer = _optimizer()
+
+  config.mesh = mesh = ml_collections.ConfigDict()
+  mesh.data = config_dict.placeholder(int)  # none: all devices
+  mesh.fsdp = 1  # only 1 so far: parameters are replicated
+  mesh.tensor = 1  # only 1 so far
+  return config
+
+
+def _precision(method: str) -> ml_collections.ConfigDict:
+  precision = ml_collections.ConfigDict()
   # float: the plain model. static<b>, such as static8: b-bit weights and
   # activations in every layer. dpc: Eq. 1 between b_min and b_max.
   precision.method = method
@@ -54,8 +65,11 @@ def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
   precision.kind = "affine"  # grids of all operands: affine or symmetric
   # What the backward pass keeps: none is float, 8 is 8-bit integer codes.
   precision.storage_bits = config_dict.placeholder(int)
+  return precision
 
-  config.optimizer = optimizer = ml_collections.ConfigDict()
+
+def _optimizer() -> ml_collections.ConfigDict:
+  optimizer = ml_collections.ConfigDict()
   optimizer.name = "sgd"  # sgd (with momentum), adamw
   optimizer.learning_rate = 0.1  # the peak
   # Of every parameter; sgd adds it to the gradient, adamw decouples it.
@@ -65,9 +79,4 @@ def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
   optimizer.warmup = 0.0  # fraction of the run, linear from 0
   # schedule "steps": times 0.1 at these fractions of the run.
   optimizer.boundaries = (0.5, 0.75)
-
-  config.mesh = mesh = ml_collections.ConfigDict()
-  mesh.data = config_dict.placeholder(int)  # none: all devices
-  mesh.fsdp = 1  # only 1 so far: parameters are replicated
-  mesh.tensor = 1  # only 1 so far
-  return config
+  return optimizer

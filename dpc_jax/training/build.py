@@ -70,8 +70,14 @@ class Programs(NamedTuple):
   traces: list[int]
 
 
-def build(config: ml_collections.ConfigDict) -> Parts:
+def build(
+  config: ml_collections.ConfigDict, data: sources.ImageData | None = None
+) -> Parts:
   """Checks a config and builds the run; compiles nothing.
+
+  Args:
+    config: see `configs/default.py`.
+    data: an image set at hand; None loads `config.data`.
 
   Raises:
     ConfigError: one line that names the field, its value and the remedy.
@@ -82,10 +88,11 @@ def build(config: ml_collections.ConfigDict) -> Parts:
     model = make_model(config, num_classes=1)
   with _as_config_error("config.precision"):
     schedule = make_schedule(config)
-  with _as_config_error("config.data"):
-    data = sources.load(
-      config.data.name, data_dir=config.data.dir, holdout=config.data.holdout
-    )
+  if data is None:
+    with _as_config_error("config.data"):
+      data = sources.load(
+        config.data.name, data_dir=config.data.dir, holdout=config.data.holdout
+      )
   config = config_lib.resolve(
     config, len(data.splits["train"]), mesh.shape["data"]
   )
