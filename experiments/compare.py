@@ -4,10 +4,12 @@
     --methods=static8,dpc --workdir=runs/demo
 
 Each method has its own folder in the workdir; finished runs are not trained
-again. Beside them: `bits.png` and `report.md`.
+again. Beside them: `report.md`, `bits.png`, and all summaries in
+`comparison.json`.
 """
 
 import copy
+import json
 import pathlib
 import shlex
 import sys
@@ -59,6 +61,9 @@ def main() -> None:
   b_max = cli.FLAGS.config.precision.b_max
   text = report.comparison(summaries, command=command, b_max=b_max)
   (workdir / "report.md").write_text(text)
+  (workdir / "comparison.json").write_text(
+    json.dumps({"command": command, "runs": summaries}, indent=2) + "\n"
+  )
   print(f"\n{first['model']} on {first['dataset']}, {first['steps']} steps\n")
   print(report.text_table(report.rows(summaries)))
   print(f"\nsaving: against static {b_max}/{b_max} with 8-bit gradients\n")
@@ -70,6 +75,7 @@ def _print_paths(workdir, summaries):
   for name, what in (
     ("report.md", "the comparison, layer by layer"),
     ("bits.png", "bits and N_k per layer"),
+    ("comparison.json", "the summaries of the runs"),
   ):
     if (workdir / name).exists():
       print(f"  {workdir / name}  {what}")

@@ -1,4 +1,4 @@
-"""Trains one recipe.
+r"""Trains one recipe.
 
   python -m experiments.train --config=configs/digits_resnet8.py:dpc \
     --workdir=runs/digits_dpc

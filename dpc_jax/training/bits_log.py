@@ -11,6 +11,9 @@ import numpy as np
 from dpc_jax.policy import schedules
 from dpc_jax.quant import grids
 
+# Steps of one replay: a call and a transfer for all of them.
+_BLOCK = 64
+
 
 class BitsLog:
   """Writes `bits.jsonl`: one object per change of a layer's widths.
@@ -26,10 +29,10 @@ class BitsLog:
     path: pathlib.Path,
     schedule: schedules.Schedule,
     schedule_state: Any,
+    bits: dict[str, grids.LayerBits],
     *,
     step: int,
     reason: str,
-    write: bool = True,
   ):
     """Starts at `step`, with the schedule's state before that step.
 
@@ -37,50 +40,66 @@ class BitsLog:
       path: the file, appended to.
       schedule: of the run.
       schedule_state: at `step`; copied to the host.
+      bits: the widths of the step before `step`; not looked at where that is
+        0, so that all of the first ones are logged.
       step: the first step to replay.
       reason: what the log says of every change.
-      write: False keeps the bits but writes nothing.
     """
-    self._path, self._reason, self._write = path, reason, write
-    self._state = jax.device_get(schedule_state)
-    self._update = jax.jit(
-      lambda state, step: schedule.update(state, step=step)
-    )
-    self._step = step
-    self.bits: dict[str, grids.LayerBits] = {}
+    self._path, self._reason, self._step = path, reason, step
+    # A copy: the train step takes the state's buffers for its own.
+    self._state = jax.tree.map(np.array, jax.device_get(schedule_state))
+    self._rows = {}
     if step > 0:
-      # The widths before `step`, so that only a change is written.
-      self.bits = _on_host(self._update(self._state, jnp.int32(step - 1))[0])
+      self._rows = {name: np.stack(layer) for name, layer in bits.items()}
 
-  def advance(self, step: int) -> dict[str, grids.LayerBits]:
-    """Replays up to `step`, excluded; returns the widths of the last one."""
+    def replay(state, first, end):
+      def one(state, step):
+        bits, new = schedule.update(state, step=step)
+        # Past the end the widths are not looked at, and the state stays.
+        kept = jax.tree.map(
+          lambda new, old: jnp.where(step < end, new, old), new, state
+        )
+        return kept, bits
+
+      steps = first + jnp.arange(_BLOCK, dtype=jnp.int32)
+      return jax.lax.scan(one, state, steps)
+
+    self._replay = jax.jit(replay)
+
+  def advance(self, step: int) -> None:
+    """Replays up to `step`, excluded, and appends what has changed."""
     lines = []
     while self._step < step:
-      bits, self._state = self._update(self._state, jnp.int32(self._step))
-      bits = _on_host(bits)
-      for path, new in bits.items():
-        old = self.bits.get(path)
-        if old is None or not all(map(np.array_equal, old, new)):
-          lines.append(
-            {
-              "step": self._step,
-              "path": path,
-              "old": None if old is None else _as_list(old),
-              "new": _as_list(new),
-              "reason": self._reason,
-            }
-          )
-      self.bits = bits
-      self._step += 1
-    if self._write and lines:
+      end = min(step, self._step + _BLOCK)
+      self._state, bits = self._replay(
+        self._state, jnp.int32(self._step), jnp.int32(end)
+      )
+      for name, layer in jax.device_get(bits).items():
+        rows = np.stack(layer, axis=1)[: end - self._step]
+        lines += self._changes(name, rows)
+      self._step = end
+    if lines:
+      # Stable: layers stay in their order.
+      lines.sort(key=lambda line: line["step"])
       with self._path.open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
-    return self.bits
 
-
-def _on_host(bits):
-  return jax.device_get(bits)
-
-
-def _as_list(bits):
-  return [np.asarray(width).tolist() for width in bits]
+  def _changes(self, name: str, rows: np.ndarray) -> list[dict[str, Any]]:
+    """Lines of a layer; `rows` are its widths from `self._step` on."""
+    old = self._rows.get(name)
+    self._rows[name] = rows[-1]
+    if old is not None and np.all(rows == old[None]):
+      return []
+    lines = []
+    for i, (before, after) in enumerate(zip([old, *rows], rows, strict=False)):
+      if before is None or not np.array_equal(before, after):
+        lines.append(
+          {
+            "step": self._step + i,
+            "path": name,
+            "old": None if before is None else before.tolist(),
+            "new": after.tolist(),
+            "reason": self._reason,
+          }
+        )
+    return lines

@@ -29,6 +29,7 @@ class Parts(NamedTuple):
 
   Attributes:
     config: resolved: `steps` is set.
+    eval_batch_size: that of the config, rounded up to divide over the devices.
     data: the image set, in memory.
     mesh: of the devices.
     model: with or without quantization.
@@ -40,6 +41,7 @@ class Parts(NamedTuple):
   """
 
   config: ml_collections.FrozenConfigDict
+  eval_batch_size: int
   data: sources.ImageData
   mesh: Mesh
   model: nn.Module
@@ -93,9 +95,8 @@ def build(
       data = sources.load(
         config.data.name, data_dir=config.data.dir, holdout=config.data.holdout
       )
-  config = config_lib.resolve(
-    config, len(data.splits["train"]), mesh.shape["data"]
-  )
+  devices = mesh.shape["data"]
+  config = config_lib.resolve(config, len(data.splits["train"]), devices)
   model = make_model(config, num_classes=data.num_classes)
   optimizer = optimizer_lib.make_optimizer(config)
   sample = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.float32)
@@ -104,6 +105,7 @@ def build(
     jax.eval_shape(init, jax.random.key(0))
   return Parts(
     config=config,
+    eval_batch_size=-(-config.eval_batch_size // devices) * devices,
     data=data,
     mesh=mesh,
     model=model,
@@ -199,10 +201,10 @@ def compile_programs(parts: Parts) -> Programs:
   eval_step = step_lib.make_eval_step(parts.model, parts.prepare)
   rows = _abstract_batch(config.batch_size, parts.data.image_shape, batched)
   eval_rows = _abstract_batch(
-    config.eval_batch_size, parts.data.image_shape, batched
+    parts.eval_batch_size, parts.data.image_shape, batched
   )
   eval_rows["mask"] = jax.ShapeDtypeStruct(
-    (config.eval_batch_size,), jnp.float32, sharding=batched
+    (parts.eval_batch_size,), jnp.float32, sharding=batched
   )
   start = time.perf_counter()
   with matmul_precision(config):

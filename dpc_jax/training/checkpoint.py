@@ -29,6 +29,7 @@ class Checkpoints:
     """Saves once per step; returns when the state may be donated."""
     if self.latest_step() == step:
       return
+    # force: a save is asked for, so no policy of orbax may leave it out.
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -36,6 +37,7 @@ class Checkpoints:
         host=ocp.args.JsonSave(host),
         config=ocp.args.JsonSave(config),
       ),
+      force=True,
     )
 
   def restore(self, step: int, abstract: Any) -> tuple[Any, dict]:

@@ -7,6 +7,7 @@ import pathlib
 import re
 from typing import Any
 
+import jax
 import ml_collections
 
 METHODS = ("float", "static<b>, such as static8", "dpc")
@@ -15,6 +16,8 @@ LEARNING_RATE_SCHEDULES = ("constant", "cosine", "steps")
 MATMUL_PRECISIONS = (None, "default", "high", "highest")
 # Where the data lies is the machine's business, not the run's.
 _NOT_COMPARED = ("data.dir",)
+_MAX_SEED = 2**32 - 1
+_MAX_STEPS = 2**31 - 1  # the step is an int32
 
 
 class ConfigError(ValueError):
@@ -38,7 +41,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     "keep_checkpoints",
   ):
     _check(config, name, config[name] >= 1, "must be at least 1")
-  _check(config, "seed", config.seed >= 0, "must be 0 or more")
+  _check(config, "seed", 0 <= config.seed <= _MAX_SEED, "must be in 0..2^32-1")
   for name in ("steps", "epochs"):
     length = config[name]
     _check(
@@ -47,6 +50,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
       length is None or (math.isfinite(length) and length > 0),
       "must be positive",
     )
+  width = config.model.width
+  _check(
+    config, "model.width", width is None or width >= 1, "must be at least 1"
+  )
   _check_choice(config, "matmul_precision", MATMUL_PRECISIONS)
   _validate_precision(config)
   _validate_optimizer(config)
@@ -139,7 +146,7 @@ def _validate_optimizer(config) -> None:
   _check(
     config,
     "optimizer.boundaries",
-    all(0 < b < 1 for b in optimizer.boundaries)
+    all(isinstance(b, float) and 0 < b < 1 for b in optimizer.boundaries)
     and list(optimizer.boundaries) == sorted(set(optimizer.boundaries)),
     "must be increasing fractions of the run, in (0, 1)",
   )
@@ -156,11 +163,11 @@ def resolve(
     devices: devices on the mesh's data axis.
 
   Returns:
-    The config with `steps` set, and `eval_batch_size` a multiple of `devices`.
+    The config with `steps` set; nothing in it depends on the devices.
 
   Raises:
     ConfigError: a batch that does not divide over the devices; a run of less
-      than one step.
+      than one step, or of 2^31.
   """
   config = ml_collections.ConfigDict(config.to_dict())
   if config.batch_size % devices:
@@ -170,14 +177,19 @@ def resolve(
       f"must be a multiple of the {devices} devices of mesh.data",
     )
   if config.steps is None:
-    config.steps = int(config.epochs * train_size // config.batch_size)
+    # Whole steps; the summand is for 0.29 * 100 = 28.999999999999996.
+    config.steps = math.floor(
+      config.epochs * train_size / config.batch_size + 1e-6
+    )
     if config.steps < 1:
       _fail(
         "epochs",
         config.epochs,
         f"{train_size} images in batches of {config.batch_size} give no step",
       )
-  config.eval_batch_size = -(-config.eval_batch_size // devices) * devices
+  if config.steps > _MAX_STEPS:
+    name = "steps" if config.epochs is None else "epochs"
+    _fail(name, config[name], f"must give at most {_MAX_STEPS} steps")
   return ml_collections.FrozenConfigDict(config)
 
 
@@ -190,31 +202,47 @@ def config_hash(config: Any) -> str:
 def claim_workdir(config: Any, workdir: pathlib.Path) -> None:
   """Writes `config.json`, or checks that the one there is the same.
 
+  Of several processes, the first one writes.
+
   Raises:
-    ConfigError: the workdir holds a run of another config.
+    ConfigError: the workdir holds a run of another config, or one without
+      `config.json`, or cannot be written.
   """
   path = workdir / "config.json"
-  if path.exists():
-    try:
-      there = _flat(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+  try:
+    if path.exists():
+      _check_claim(config, workdir, path.read_text())
+    elif (workdir / "checkpoints").exists():
       raise ConfigError(
-        f"workdir = {workdir}: config.json is damaged ({error}); use another"
-        " workdir"
-      ) from None
-    here = _flat(json.loads(json.dumps(config.to_dict())))
-    for name in sorted({*here, *there} - set(_NOT_COMPARED)):
-      if here.get(name) != there.get(name):
-        raise ConfigError(
-          f"workdir = {workdir}: holds a run with {name} ="
-          f" {there.get(name)!r}, not {here.get(name)!r}; use another workdir,"
-          " or delete it"
-        )
-    return
-  workdir.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-  temporary.replace(path)
+        f"workdir = {workdir}: holds checkpoints, but config.json is missing;"
+        " use another workdir"
+      )
+    elif jax.process_index() == 0:
+      workdir.mkdir(parents=True, exist_ok=True)
+      temporary = path.with_suffix(".tmp")
+      temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+      temporary.replace(path)
+  except OSError as error:
+    raise ConfigError(
+      f"workdir = {workdir}: {error.strerror}; use another workdir"
+    ) from None
+
+
+def _check_claim(config, workdir, text) -> None:
+  try:
+    there = _flat(json.loads(text))
+  except (json.JSONDecodeError, AttributeError):
+    raise ConfigError(
+      f"workdir = {workdir}: config.json is damaged; use another workdir"
+    ) from None
+  here = _flat(json.loads(json.dumps(config.to_dict())))
+  for name in sorted({*here, *there} - set(_NOT_COMPARED)):
+    if here.get(name) != there.get(name):
+      raise ConfigError(
+        f"workdir = {workdir}: holds a run with {name} ="
+        f" {there.get(name)!r}, not {here.get(name)!r}; use another workdir,"
+        " or delete it"
+      )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

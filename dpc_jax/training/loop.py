@@ -1,28 +1,30 @@
 """The training loop: build, compile once, train, evaluate, save, report."""
 
-import contextlib
+import collections
 import math
 import pathlib
-import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
+from jax.experimental import multihost_utils
 
 from dpc_jax.data import pipeline
-from dpc_jax.training import bits_log, build, checkpoint, sharding
+from dpc_jax.training import bits_log, build, checkpoint, sharding, termination
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import metrics as metrics_lib
+from dpc_jax.training import state as state_lib
 from dpc_jax.training import summary as summary_lib
 
 # Steps that may be under way on the device while the host goes on.
 _STEPS_AHEAD = 2
+# Steps whose metrics may wait on the device for the next log.
+_METRICS_HELD = 256
 
 
 class DivergedError(RuntimeError):
-  """The loss is not finite; the message says where and what is left."""
+  """The loss or the state is not finite; the message says what is left."""
 
 
 def train_and_evaluate(
@@ -31,7 +33,8 @@ def train_and_evaluate(
   """Trains one run to its end, from its newest checkpoint if there is one.
 
   A workdir holds `config.json`, `metrics.jsonl`, `bits.jsonl`, `checkpoints/`,
-  TensorBoard events and, when the run is finished, `summary.json`.
+  TensorBoard events and, when the run is finished, `summary.json`. Several
+  processes share it; the first one writes, and all save checkpoints.
 
   Args:
     config: see `configs/default.py`.
@@ -44,21 +47,23 @@ def train_and_evaluate(
   Raises:
     ConfigError: before anything is compiled, a mistake in the config, or a
       workdir that holds another run.
-    DivergedError: the loss is no longer finite.
+    DivergedError: the loss, or a number in the state, is no longer finite;
+      no such state is ever saved.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = pathlib.Path(workdir).expanduser()
   parts = build.build(config)
   config_lib.claim_workdir(parts.config, workdir)
   done = summary_lib.read(workdir)
   if done is not None:
-    print(f"{workdir}: finished already; delete it to train again")
+    if jax.process_index() == 0:
+      print(f"{workdir}: finished already; delete it to train again")
     return done
-  run = _Run(parts, workdir)
-  try:
-    with _termination_flag() as stopped:
-      return run.train(stopped)
-  finally:
-    run.close()
+  with termination.watch() as is_stopping:
+    run = _Run(parts, workdir)
+    try:
+      return run.train(is_stopping)
+    finally:
+      run.close()
 
 
 class _Run:
@@ -76,7 +81,6 @@ class _Run:
     self.checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
     host = self._restore()
     self.sums = metrics_lib.Sums(**host["sums"])
-    self.watch = metrics_lib.Stopwatch(host["seconds"])
     self.compile_seconds = host["compile_seconds"] + self.programs.seconds
     self.compile_count = host["compile_count"] + self.programs.traces[0]
     self.batches = pipeline.TrainBatches(
@@ -84,16 +88,22 @@ class _Run:
       batch_size=config.batch_size,
       seed=config.seed,
     )
-    metrics_lib.cut_lines(workdir / "metrics.jsonl", self.step + 1)
-    metrics_lib.cut_lines(workdir / "bits.jsonl", self.step)
+    self.is_finite = jax.jit(state_lib.is_finite)
     self.writer = metrics_lib.Writer(workdir)
-    self.bits_log = bits_log.BitsLog(
-      workdir / "bits.jsonl",
-      parts.schedule,
-      self.state.schedule_state,
-      step=self.step,
-      reason=config.precision.method,
-    )
+    self.bits_log = None
+    if jax.process_index() == 0:
+      metrics_lib.cut_lines(workdir / "metrics.jsonl", self.step + 1)
+      metrics_lib.cut_lines(workdir / "bits.jsonl", self.step)
+      self.bits_log = bits_log.BitsLog(
+        workdir / "bits.jsonl",
+        parts.schedule,
+        self.state.schedule_state,
+        jax.device_get(state_lib.layer_bits(self.state)),
+        step=self.step,
+        reason=config.precision.method,
+      )
+    # Last: what came before, TensorFlow's import among it, is not the run.
+    self.watch = metrics_lib.Stopwatch(host["seconds"])
 
   def _restore(self) -> dict[str, Any]:
     latest = self.checkpoints.latest_step()
@@ -111,13 +121,11 @@ class _Run:
     self.progress.note(f"going on from the checkpoint of step {latest}")
     return host
 
-  def train(self, stopped: threading.Event) -> dict[str, Any] | None:
+  def train(self, is_stopping: Callable[[int], bool]) -> dict[str, Any] | None:
     config = self.parts.config
     if self.step == 0:
-      bits, _ = self.parts.schedule.update(
-        self.state.schedule_state, step=self.state.step
-      )
-      print(summary_lib.layer_table(self.parts, jax.device_get(bits)))
+      bits = jax.device_get(state_lib.layer_bits(self.state))
+      self.progress.note(f"layers\n{summary_lib.layer_table(self.parts, bits)}")
     pending = []
     self.watch.resume()
     while self.step < config.steps:
@@ -130,23 +138,30 @@ class _Run:
       pending.append(metrics)
       if len(pending) > _STEPS_AHEAD:
         jax.block_until_ready(pending[-1 - _STEPS_AHEAD])
+      if len(pending) > _METRICS_HELD:
+        self.sums.add(pending[:-_STEPS_AHEAD])
+        del pending[:-_STEPS_AHEAD]
       is_last = self.step == config.steps
-      evaluates = is_last or self.step % config.eval_every == 0
-      saves = (
-        is_last or self.step % config.checkpoint_every == 0 or stopped.is_set()
-      )
+      # Asked once: a signal that comes during the evaluation stops the next
+      # step, which is saved then.
+      stops = is_stopping(self.step) and not is_last
       logs = is_last or self.step % config.log_every == 0
+      evaluates = is_last or self.step % config.eval_every == 0
+      saves = is_last or stops or self.step % config.checkpoint_every == 0
       if not (logs or evaluates or saves):
         continue
       self.sums.add(pending)
       pending.clear()
+      seconds_per_step = self.watch.seconds_per_step()
+      self._check_finite(state=evaluates or saves)
       if logs:
-        self._log()
+        self._log(seconds_per_step)
       if evaluates:
         self._evaluate()
       if saves:
         self._save()
-      if stopped.is_set() and not is_last:
+      if stops:
+        self.checkpoints.wait()
         self.progress.note(
           f"stopped by SIGTERM at step {self.step}; saved; the same command"
           " goes on"
@@ -155,23 +170,43 @@ class _Run:
       self.watch.resume()
     return self._finish()
 
-  def _log(self) -> None:
-    means = self.sums.means()
+  def _check_finite(self, *, state: bool) -> None:
+    """Raises if the loss, or with `state` the state, is not finite."""
+    loss = self.sums.means()["loss"]
+    if math.isfinite(loss):
+      if not state or self.is_finite(self.state):
+        return
+      what = "the state is not finite"
+    else:
+      what = f"the loss is {loss}"
+    self.checkpoints.wait()
+    latest = self.checkpoints.latest_step()
+    left = (
+      "no checkpoint was saved"
+      if latest is None
+      else f"the newest checkpoint is of step {latest}"
+    )
+    raise DivergedError(
+      f"{self.workdir}: {what} at step {self.step}; {left}; lower"
+      " optimizer.learning_rate or raise precision.b_min, in another workdir"
+    )
+
+  def _log(self, seconds_per_step: float) -> None:
+    config = self.parts.config
+    values = self._position() | self.sums.means()
+    values["images_per_second"] = config.batch_size / seconds_per_step
     self.sums = metrics_lib.Sums()
-    if not math.isfinite(means["loss"]):
-      raise DivergedError(
-        f"{self.workdir}: the loss is {means['loss']} before step {self.step};"
-        f" the newest checkpoint is of step {self.checkpoints.latest_step()};"
-        " lower optimizer.learning_rate or raise precision.b_min"
-      )
-    bits = self.bits_log.advance(self.step)
-    seconds = self.watch.seconds_per_step()
-    values = self._position() | means
-    values["images_per_second"] = self.parts.config.batch_size / seconds
+    self._advance_bits_log()
     self.writer.write(self.step, "train", values)
-    self.writer.write_bits(self.step, bits)
-    left = seconds * (self.parts.config.steps - self.step)
+    self.writer.write_bits(
+      self.step, jax.device_get(state_lib.layer_bits(self.state))
+    )
+    left = seconds_per_step * (config.steps - self.step)
     self.progress.show(self.step, values | {"seconds_left": left})
+
+  def _advance_bits_log(self) -> None:
+    if self.bits_log is not None:
+      self.bits_log.advance(self.step)
 
   def _evaluate(self) -> None:
     texts = []
@@ -193,14 +228,18 @@ class _Run:
     sums = metrics_lib.Sums()
     batches = pipeline.eval_batches(
       self.parts.data.splits[split],
-      batch_size=self.parts.config.eval_batch_size,
+      batch_size=self.parts.eval_batch_size,
     )
-    sums.add(
-      self.programs.eval_step(
-        self.state, sharding.put_batch(rows, self.parts.mesh)
+    pending = collections.deque()
+    for rows in batches:
+      pending.append(
+        self.programs.eval_step(
+          self.state, sharding.put_batch(rows, self.parts.mesh)
+        )
       )
-      for rows in batches
-    )
+      if len(pending) > _STEPS_AHEAD:
+        sums.add([pending.popleft()])
+    sums.add(pending)
     return sums.means()
 
   def _position(self) -> dict[str, float]:
@@ -216,7 +255,7 @@ class _Run:
     }
 
   def _save(self) -> None:
-    self.bits_log.advance(self.step)
+    self._advance_bits_log()
     host = {
       "sums": self.sums.as_dict(),
       "seconds": self.watch.seconds(),
@@ -229,19 +268,10 @@ class _Run:
 
   def _finish(self) -> dict[str, Any]:
     self.checkpoints.wait()
-    summary = summary_lib.summarize(
-      self.parts,
-      jax.device_get(self.state.cost),
-      self.bits_log.advance(self.step),
-      summary_lib.read_lines(self.workdir),
-    )
-    summary |= {
-      "seconds": self.watch.seconds(),
-      "compile_seconds": self.compile_seconds,
-      "compile_count": self.compile_count,
-    }
-    summary |= summary_lib.environment()
-    summary_lib.write(self.workdir, summary)
+    if jax.process_index() == 0:
+      summary_lib.write(self.workdir, self._summary())
+    multihost_utils.sync_global_devices("summary.json is written")
+    summary = summary_lib.read(self.workdir)
     self.progress.note(
       f"done: test accuracy {summary['test_accuracy']:.4f},"
       f" {summary['gbitops']:,.0f} GBitOPs"
@@ -250,20 +280,21 @@ class _Run:
     )
     return summary
 
+  def _summary(self) -> dict[str, Any]:
+    summary = summary_lib.summarize(
+      self.parts,
+      jax.device_get(self.state.cost),
+      jax.device_get(state_lib.layer_bits(self.state)),
+      summary_lib.read_lines(self.workdir),
+    )
+    summary |= {
+      "seconds": self.watch.seconds(),
+      "compile_seconds": self.compile_seconds,
+      "compile_count": self.compile_count,
+    }
+    return summary | summary_lib.environment()
+
   def close(self) -> None:
+    self.progress.close()
     self.checkpoints.close()
     self.writer.close()
-
-
-@contextlib.contextmanager
-def _termination_flag() -> Iterator[threading.Event]:
-  """An event that SIGTERM sets; in a thread, where none comes, never set."""
-  stopped = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield stopped
-    return
-  before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-  try:
-    yield stopped
-  finally:
-    signal.signal(signal.SIGTERM, before)

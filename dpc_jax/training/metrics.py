@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -66,15 +67,21 @@ def cut_lines(path: pathlib.Path, end: int) -> None:
 
 
 class Writer:
-  """Writes `metrics.jsonl` and, where TensorFlow is, TensorBoard events."""
+  """Writes `metrics.jsonl` and, where TensorFlow is, TensorBoard events.
+
+  Of several processes, the first one writes.
+  """
 
   def __init__(self, workdir: pathlib.Path):
     """Opens both in `workdir`; says so in one line if events cannot be."""
     self._path = workdir / "metrics.jsonl"
-    self._events = _event_writer(workdir)
+    self._writes = jax.process_index() == 0
+    self._events = _event_writer(workdir) if self._writes else None
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
     """Appends one object: step, split and the values."""
+    if not self._writes:
+      return
     with self._path.open("a") as file:
       file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
     if self._events is not None:
@@ -106,25 +113,37 @@ def _event_writer(workdir: pathlib.Path) -> Any:
   # TensorFlow's start-up notes say nothing about the run.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  is_ours = "tensorflow" not in sys.modules
   try:
-    from clu import metric_writers  # seconds: it imports TensorFlow
+    import tensorflow as tf  # seconds
+    from clu import metric_writers
   except ImportError as error:
-    print(f"no TensorBoard events ({error}); metrics.jsonl has everything")
+    reason = " ".join(str(error).split())
+    print(f"no TensorBoard events ({reason}); metrics.jsonl has everything")
     return None
+  if is_ours:
+    # TensorFlow would take all of a GPU's memory to write a few numbers.
+    tf.config.set_visible_devices([], "GPU")
   return metric_writers.SummaryWriter(str(workdir))
 
 
 class Progress:
-  """One line that tells how far the run is; live on a terminal."""
+  """One line that tells how far the run is; live on a terminal.
+
+  Of several processes, the first one speaks.
+  """
 
   def __init__(self, label: str, steps: int):
     """`label` names the run, `steps` is its length."""
     self._label, self._steps = label, steps
+    self._speaks = jax.process_index() == 0
     self._live = sys.stdout.isatty()
     self._width = 0
 
   def show(self, step: int, values: Mapping[str, float]) -> None:
     """Shows a training interval: loss, accuracy, bits, cost, rate, ETA."""
+    if not self._speaks:
+      return
     rate = values["images_per_second"]
     left = values["seconds_left"]
     line = (
@@ -138,15 +157,22 @@ class Progress:
     if not self._live:
       print(line, flush=True)
       return
+    # A line that wraps could not be overwritten.
+    line = line[: shutil.get_terminal_size().columns - 1]
     print("\r" + line.ljust(self._width), end="", flush=True)
     self._width = len(line)
 
   def note(self, text: str) -> None:
     """Prints a line that stays."""
-    if self._live and self._width:
-      print()
+    self.close()
+    if self._speaks:
+      print(f"{self._label} {text}", flush=True)
+
+  def close(self) -> None:
+    """Ends the live line."""
+    if self._width:
+      print(flush=True)
       self._width = 0
-    print(f"{self._label} {text}", flush=True)
 
 
 def _clock(seconds: float) -> str:

@@ -30,7 +30,8 @@ def make_mesh(data: int | None = None) -> Mesh:
   data = available if data is None else data
   if not 1 <= data <= available:
     raise config_lib.ConfigError(
-      f"config.mesh.data = {data}: there are {available} devices"
+      f"config.mesh.data = {data}: there are {available} devices; use"
+      f" 1..{available}, or leave it out for all"
     )
   if data != available and jax.process_count() > 1:
     raise config_lib.ConfigError(

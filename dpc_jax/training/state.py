@@ -11,7 +11,7 @@ import optax
 
 from dpc_jax.cost import bitops
 from dpc_jax.policy import capacity, schedules
-from dpc_jax.quant import precision
+from dpc_jax.quant import grids, precision
 
 
 @flax.struct.dataclass
@@ -82,6 +82,24 @@ def make_init(
     )
 
   return init
+
+
+def layer_bits(state: TrainState) -> dict[str, grids.LayerBits]:
+  """Widths of the last step done, at step 0 of the first; {} if all float."""
+  if "precision" not in state.model_state:
+    return {}
+  return precision.layer_bits(state.model_state)
+
+
+def is_finite(state: TrainState) -> jax.Array:
+  """Whether all floats in the state are finite, a bool (); jit-able."""
+  leaves = jax.tree.leaves((state.params, state.model_state, state.opt_state))
+  checks = [
+    jnp.all(jnp.isfinite(x))
+    for x in leaves
+    if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+  return jnp.all(jnp.array(checks))
 
 
 def quantized_capacities(variables: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ serves every bit setting of a run and every host has the same bits.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import flax
 import flax.linen as nn
@@ -15,7 +14,7 @@ import optax
 
 from dpc_jax.cost import bitops
 from dpc_jax.policy import schedules
-from dpc_jax.quant import precision
+from dpc_jax.quant import grids, precision
 from dpc_jax.training import state as state_lib
 
 Batch = dict[str, jax.Array]
@@ -78,12 +77,7 @@ def make_train_step(
   quantization = getattr(model, "quantization", None)
 
   def train_step(state, batch):
-    if state.rng is None and quantization and quantization.is_stochastic:
-      raise ValueError(
-        "state.rng = None: the model rounds stochastically and needs the RNG"
-        " stream 'quant'; set a key, or round to nearest"
-      )
-    rngs = _rngs(state)
+    rngs = _rngs(state, quantization)
     bits, schedule_state = schedule.update(
       state.schedule_state, step=state.step, statistics=None
     )
@@ -124,12 +118,18 @@ def make_train_step(
 def make_eval_step(
   model: nn.Module, prepare: Prepare
 ) -> Callable[[state_lib.TrainState, Batch], Metrics]:
-  """Returns `eval_step(state, batch) -> metrics`, exact by the batch's mask."""
+  """Returns `eval_step(state, batch) -> metrics`, exact by the batch's mask.
+
+  A batch holds `mask` (N,) too: 1 for an example, 0 for a row of padding.
+  """
 
   def eval_step(state, batch):
+    images = prepare(batch["image"], None)
+    mask = batch["mask"].reshape((-1,) + (1,) * (images.ndim - 1))
     logits = model.apply(
       {"params": state.params, **state.model_state},
-      prepare(batch["image"], None),
+      # One range of activations serves all rows: padding must not be in it.
+      jnp.where(mask > 0, images, 0),
       train=False,
       mutable=False,
     )
@@ -138,8 +138,16 @@ def make_eval_step(
   return eval_step
 
 
-def _rngs(state: state_lib.TrainState) -> dict[str, Any]:
+def _rngs(
+  state: state_lib.TrainState, quantization: grids.Quantization | None
+) -> dict[str, jax.Array]:
+  """{stream: key of this step}; empty without `state.rng`."""
   if state.rng is None:
+    if quantization is not None and quantization.is_stochastic:
+      raise ValueError(
+        "state.rng = None: the model rounds stochastically and needs the RNG"
+        " stream 'quant'; set a key, or round to nearest"
+      )
     return {}
   key = jax.random.fold_in(state.rng, state.step)
   return {

@@ -1,0 +1,57 @@
+"""The bench runs, and its figures belong together."""
+
+import statistics
+
+import pytest
+
+from configs import digits_resnet8
+from experiments.bench import step
+
+
+@pytest.fixture(scope="module")
+def results():
+  config = digits_resnet8.get_config()
+  config.batch_size = 16
+  config.model.width = 4
+  return step.measure(config, rounds=4, steps=1)
+
+
+def test_all_variants_are_measured(results):
+  assert list(results["variants"]) == [
+    "float",
+    "static8",
+    "dpc",
+    "dpc, 8-bit storage",
+  ]
+  for figures in results["variants"].values():
+    assert figures["peak_mib"] > 0
+    low, high = figures["ratio_quartiles"]
+    assert low <= figures["ratio"] <= high
+    rate = 16 / figures["milliseconds"] * 1e3
+    assert figures["images_per_second"] == pytest.approx(rate)
+
+
+def test_ratios_are_to_the_float_step(results):
+  float_step = results["variants"]["float"]
+  assert float_step["ratio"] == float_step["peak_ratio"] == 1
+  for figures in results["variants"].values():
+    assert figures["peak_ratio"] == pytest.approx(
+      figures["peak_mib"] / float_step["peak_mib"]
+    )
+
+
+def test_variants_take_turns():
+  order = []
+
+  def variant(label):
+    def run(state, batch):
+      order.append(label)
+      return state, batch
+
+    return step.Variant(run, 0.0, 0.0, 1, 1)
+
+  compiled = {label: variant(label) for label in ("a", "b")}
+  seconds = step.time_in_turns(compiled, 0.0, rounds=2, steps=2)
+  assert "".join(order) == "aabb" * 3
+  assert {len(s) for s in seconds.values()} == {2}
+  assert statistics.median(seconds["a"]) > 0

@@ -1,0 +1,229 @@
+"""Every kind of mistake in a config: one line with field, value, remedy."""
+
+import json
+import math
+import pathlib
+
+import pytest
+
+from dpc_jax.data import sources
+from dpc_jax.training import build
+from dpc_jax.training import config as config_lib
+from tests.training import tiny
+
+NAN = float("nan")
+
+# (changes, what the message says)
+MISTAKES = [
+  ({"steps": None}, "config.steps = None: set exactly one of steps and epochs"),
+  ({"epochs": 2.0}, "config.steps = 6: set exactly one of steps and epochs"),
+  ({"steps": 0}, "config.steps = 0: must be positive"),
+  ({"steps": -3}, "config.steps = -3: must be positive"),
+  ({"steps": 2**31}, "config.steps = 2147483648: must give at most"),
+  ({"steps": None, "epochs": NAN}, "config.epochs = nan: must be positive"),
+  ({"steps": None, "epochs": 0.0}, "config.epochs = 0.0: must be positive"),
+  ({"steps": None, "epochs": 1e-3}, "config.epochs = 0.001: 1437 images in"),
+  ({"steps": None, "epochs": 1e9}, "config.epochs = 1000000000.0: must give"),
+  ({"seed": -1}, "config.seed = -1: must be in 0..2^32-1"),
+  ({"seed": 2**32}, "config.seed = 4294967296: must be in"),
+  ({"batch_size": 0}, "config.batch_size = 0: must be at least 1"),
+  (
+    {"batch_size": 12, "mesh.data": 8},
+    "config.batch_size = 12: must be a multiple of the 8 devices",
+  ),
+  ({"eval_batch_size": 0}, "config.eval_batch_size = 0: must be at least 1"),
+  ({"eval_every": 0}, "config.eval_every = 0: must be at least 1"),
+  ({"log_every": -1}, "config.log_every = -1: must be at least 1"),
+  ({"checkpoint_every": 0}, "config.checkpoint_every = 0: must be at least"),
+  ({"keep_checkpoints": 0}, "config.keep_checkpoints = 0: must be at least"),
+  (
+    {"matmul_precision": "best"},
+    "config.matmul_precision = 'best': use one of none, default, high, highest",
+  ),
+  ({"data.name": "mnist"}, "data.name='mnist' is unknown; choose one of cifar"),
+  (
+    {"data.name": "cifar10", "data.dir": "/nowhere"},
+    "no prepared cifar10 in /nowhere",
+  ),
+  ({"data.holdout": -1}, "data.holdout=-1 is negative"),
+  ({"data.holdout": 1437}, "data.holdout=1437 leaves no training image"),
+  ({"model.name": "resnet9"}, "model.name = 'resnet9' is unknown; use one of"),
+  ({"model.width": 0}, "config.model.width = 0: must be at least 1"),
+  (
+    {"precision.method": "dcp"},
+    "config.precision.method = 'dcp': use one of float, static<b>, such as",
+  ),
+  (
+    {"precision.method": "static1"},
+    "config.precision.method = 'static1': the width must be in 2..16",
+  ),
+  ({"precision.method": "static32"}, "the width must be in 2..16"),
+  ({"precision.method": "static-8"}, "config.precision.method = 'static-8'"),
+  (
+    {"precision.b_min": 6, "precision.b_max": 4},
+    "config.precision.b_min = 6: must not exceed precision.b_max = 4",
+  ),
+  ({"precision.b_min": 1}, "config.precision.b_min = 1: must be in 2..16"),
+  ({"precision.b_max": 17}, "config.precision.b_max = 17: must be in 2..16"),
+  ({"precision.delta": 1.5}, "delta"),
+  ({"precision.delta": NAN}, "delta"),
+  ({"precision.center": "middle"}, "center"),
+  ({"precision.log_form": "natural"}, "log_form"),
+  (
+    {"precision.weights": 1},
+    "config.precision.weights = 1: must be in 2..16, or 32 for float",
+  ),
+  ({"precision.activations": 20}, "config.precision.activations = 20"),
+  ({"precision.gradients": 0}, "config.precision.gradients = 0"),
+  (
+    {"precision.kind": "log"},
+    "config.precision.kind = 'log': use one of affine, symmetric",
+  ),
+  (
+    {"precision.storage_bits": 4},
+    "config.precision.storage_bits = 4: use one of none, 8",
+  ),
+  (
+    {"precision.storage_bits": 8, "precision.b_max": 9},
+    "config.precision.storage_bits = 8: a width of 9 (weights) does not fit",
+  ),
+  (
+    {"precision.storage_bits": 8, "precision.method": "static10"},
+    "config.precision.storage_bits = 8: a width of 10",
+  ),
+  (
+    {"precision.storage_bits": 8, "precision.activations": 32},
+    "config.precision.storage_bits = 8: a width of 32 (activations)",
+  ),
+  (
+    {"optimizer.name": "lamb"},
+    "config.optimizer.name = 'lamb': use one of sgd, adamw",
+  ),
+  (
+    {"optimizer.schedule": "linear"},
+    "config.optimizer.schedule = 'linear': use one of constant, cosine, steps",
+  ),
+  ({"optimizer.learning_rate": NAN}, "config.optimizer.learning_rate = nan"),
+  ({"optimizer.learning_rate": math.inf}, "optimizer.learning_rate = inf"),
+  ({"optimizer.learning_rate": -0.1}, "optimizer.learning_rate = -0.1"),
+  ({"optimizer.weight_decay": NAN}, "config.optimizer.weight_decay = nan"),
+  ({"optimizer.momentum": 1.0}, "config.optimizer.momentum = 1.0: must be in"),
+  ({"optimizer.momentum": NAN}, "config.optimizer.momentum = nan"),
+  ({"optimizer.warmup": 1.0}, "config.optimizer.warmup = 1.0: must be in"),
+  ({"optimizer.warmup": -0.1}, "config.optimizer.warmup = -0.1"),
+  ({"optimizer.boundaries": (0.7, 0.5)}, "must be increasing fractions"),
+  ({"optimizer.boundaries": (0.5, 0.5)}, "must be increasing fractions"),
+  ({"optimizer.boundaries": (0.5, 1.0)}, "must be increasing fractions"),
+  ({"optimizer.boundaries": ("a",)}, "must be increasing fractions"),
+  ({"mesh.data": 9}, "config.mesh.data = 9: there are 8 devices; use 1..8"),
+  ({"mesh.data": 0}, "config.mesh.data = 0: there are 8 devices"),
+  ({"mesh.fsdp": 2}, "config.mesh.fsdp = 2: only 1 is supported"),
+  ({"mesh.tensor": 0}, "config.mesh.tensor = 0: only 1 is supported"),
+]
+
+
+@pytest.fixture(scope="module")
+def digits():
+  return sources.load("digits")
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"), MISTAKES, ids=[str(c) for c, _ in MISTAKES]
+)
+def test_a_mistake_is_one_line(changes, message, digits):
+  reads = any(name.startswith("data.") for name in changes)
+  with pytest.raises(config_lib.ConfigError) as caught:
+    build.build(tiny.make_config(**changes), None if reads else digits)
+  text = str(caught.value)
+  assert message in text
+  assert "\n" not in text
+
+
+def test_what_is_no_mistake(digits):
+  for changes in (
+    {"precision.method": "float", "precision.storage_bits": 8},
+    {"precision.storage_bits": 8},
+    {"precision.weights": 32, "precision.activations": 32},
+    {"precision.method": "static16"},
+    {"precision.kind": "symmetric"},
+    {"precision.delta": -1.0},
+    {"optimizer.momentum": 0.0},
+    {"optimizer.boundaries": ()},
+    {"optimizer.boundaries": [0.5]},
+    {"matmul_precision": "highest"},
+    {"seed": 2**32 - 1},
+    {"model.name": "resnet14", "model.width": 2},
+  ):
+    build.build(tiny.make_config(**changes), digits)
+
+
+@pytest.mark.parametrize(
+  ("epochs", "size", "batch", "steps"),
+  [
+    (2.0, 45_000, 128, 703),
+    (20.0, 1437, 64, 449),
+    (0.29, 100, 1, 29),
+    (1.0, 100, 100, 1),
+    (0.5, 100, 100, None),
+  ],
+)
+def test_epochs_are_whole_steps(epochs, size, batch, steps):
+  config = tiny.make_config(
+    **{"steps": None, "epochs": epochs, "batch_size": batch}
+  )
+  if steps is None:
+    with pytest.raises(config_lib.ConfigError, match="give no step"):
+      config_lib.resolve(config, size, 1)
+  else:
+    resolved = config_lib.resolve(config, size, 1)
+    assert resolved.steps == steps
+    assert resolved.epochs == epochs
+    assert config.steps is None
+
+
+class TestWorkdir:
+  def config(self, **changes):
+    return config_lib.resolve(tiny.make_config(**changes), 1437, 1)
+
+  def refused(self, workdir, **changes):
+    with pytest.raises(config_lib.ConfigError) as caught:
+      config_lib.claim_workdir(self.config(**changes), workdir)
+    assert "\n" not in str(caught.value)
+    assert str(workdir) in str(caught.value)
+    assert "another workdir" in str(caught.value)
+    return str(caught.value)
+
+  def test_of_another_config(self, tmp_path):
+    config_lib.claim_workdir(self.config(), tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    message = self.refused(tmp_path, **{"precision.b_min": 4})
+    assert "precision.b_min = 3, not 4" in message
+    assert "steps = 6, not 12" in self.refused(tmp_path, steps=12)
+    assert (tmp_path / "config.json").read_text() == before
+
+  @pytest.mark.parametrize("text", ["", '{"steps": 6', "[1]", "3", "\x00"])
+  def test_with_a_damaged_config(self, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert "config.json is damaged" in self.refused(tmp_path)
+
+  def test_with_checkpoints_of_nobody(self, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    assert "config.json is missing" in self.refused(tmp_path)
+
+  def test_that_is_a_file(self, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("")
+    self.refused(path)
+    self.refused(path / "below")
+
+  def test_that_cannot_be_made(self):
+    # Nobody, root included, makes folders there.
+    self.refused(pathlib.Path("/proc/none"))
+
+  def test_a_new_field_left_at_none_is_no_other_config(self, tmp_path):
+    config_lib.claim_workdir(self.config(), tmp_path)
+    path = tmp_path / "config.json"
+    there = json.loads(path.read_text())
+    del there["matmul_precision"]
+    path.write_text(json.dumps(there))
+    config_lib.claim_workdir(self.config(), tmp_path)

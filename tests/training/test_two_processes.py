@@ -1,0 +1,129 @@
+"""Two real processes, of two devices each, against one of four."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dpc_jax.training import loop
+from tests.training import tiny, two_processes
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+DEADLINE_S = 240
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+def start(workdir):
+  address = f"127.0.0.1:{free_port()}"
+  processes = []
+  for index in range(2):
+    with (workdir / f"{index}.txt").open("w") as file:
+      processes.append(
+        subprocess.Popen(
+          [
+            sys.executable,
+            "-m",
+            "tests.training.two_processes",
+            *(address, "2", str(index), str(workdir)),
+          ],
+          cwd=ROOT,
+          stdout=file,
+          stderr=subprocess.STDOUT,
+          env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        )
+      )
+  return processes
+
+
+def wait_for(workdir, processes, text):
+  end = time.monotonic() + DEADLINE_S
+  while text not in (workdir / "0.txt").read_text():
+    alive = all(p.poll() is None for p in processes)
+    assert alive and time.monotonic() < end, output(workdir)
+    time.sleep(0.1)
+
+
+def output(workdir):
+  return [(workdir / f"{i}.txt").read_text()[-3000:] for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+  """The workdir of the runs, after a SIGTERM to the second process alone."""
+  workdir = tmp_path_factory.mktemp("two")
+  processes = start(workdir)
+  try:
+    wait_for(workdir, processes, "step 3/1000000")
+    processes[1].send_signal(signal.SIGTERM)
+    codes = [p.wait(DEADLINE_S) for p in processes]
+  finally:
+    for p in processes:
+      p.kill()
+      p.wait()
+  assert codes == [0, 0], output(workdir)
+  return workdir
+
+
+@pytest.mark.parametrize("method", ["float", "dpc"])
+def test_as_one_process(method, together, tmp_path):
+  config = two_processes.make_config(method)
+  summary = loop.train_and_evaluate(config, tmp_path)
+  one = tiny.read_lines(tmp_path / "metrics.jsonl", "images_per_second")
+  two = tiny.read_lines(
+    together / method / "metrics.jsonl", "images_per_second"
+  )
+  keys = ("step", "split", "epoch", "relative_cost", "mean_bits")
+  assert [[x[k] for k in keys] for x in two] == [
+    [x[k] for k in keys] for x in one
+  ]
+  losses = [[x["loss"] for x in lines] for lines in (two, one)]
+  if method == "float":
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+  else:
+    assert abs(losses[0][0] - losses[1][0]) < 1e-3
+    np.testing.assert_allclose(*losses, rtol=0, atol=0.05)
+  for name in ("bits.jsonl", "config.json"):
+    if method == "dpc" or name == "config.json":
+      assert (together / method / name).read_text() == (
+        tmp_path / name
+      ).read_text()
+  there = loop.summary_lib.read(together / method)
+  for key in ("gbitops", "bits", "mean_bits", "config_hash", "layers"):
+    assert there[key] == summary[key]
+
+
+def test_a_checkpoint_of_two_processes_is_read_by_one(together):
+  config = two_processes.make_config("dpc")
+  state = tiny.saved_state(config, together / "dpc", 6)
+  assert state[".step"] == 6
+
+
+def test_sigterm_to_one_stops_both_at_one_step(together):
+  first, second = output(together)
+  assert "stopped by SIGTERM at step" in first
+  assert "process 0 of 2 stopped: None" in first
+  assert "process 1 of 2 stopped: None" in second
+  step = int(first.split("stopped by SIGTERM at step ")[1].split(";")[0])
+  saved = [p.name for p in (together / "endless" / "checkpoints").iterdir()]
+  assert saved == [str(step)]
+  lines = tiny.read_lines(together / "endless" / "metrics.jsonl")
+  # One writer: every step once.
+  assert [x["step"] for x in lines] == list(range(1, step + 1))
+  assert not (together / "endless" / "summary.json").exists()
+
+
+def test_only_the_first_process_speaks(together):
+  _, second = output(together)
+  spoken = [x for x in second.splitlines() if x.startswith("[tiny")]
+  assert spoken == []

@@ -1,0 +1,57 @@
+"""One process of several: python -m tests.training.two_processes ...
+
+Arguments: address of the coordinator, processes, index of this one, workdir.
+Trains a float run, a DPC run, and one that only SIGTERM ends.
+"""
+
+import pathlib
+import sys
+
+import jax
+
+from dpc_jax.training import loop, metrics
+from tests.training import tiny
+
+DEVICES_PER_PROCESS = 2
+
+
+def make_config(method: str, **changes):
+  """The same config in one process and in several."""
+  return tiny.make_config(
+    method,
+    **{
+      "mesh.data": 4,
+      "batch_size": 32,
+      "data.augment": True,
+      "optimizer.learning_rate": 0.02,
+      "log_every": 1,
+      **changes,
+    },
+  )
+
+
+def main() -> None:
+  """Joins the others, then trains."""
+  address, count, index, workdir = sys.argv[1:]
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", DEVICES_PER_PROCESS)
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(address, int(count), int(index))
+  tiny.register()
+  metrics._event_writer = lambda workdir: None
+  workdir = pathlib.Path(workdir)
+  for method in ("float", "dpc"):
+    summary = loop.train_and_evaluate(make_config(method), workdir / method)
+    if summary["steps"] != 6:
+      raise ValueError(f"steps = {summary['steps']} in the summary")
+  endless = make_config(
+    "dpc",
+    **{"steps": 1_000_000, "checkpoint_every": 10**6, "eval_every": 10**6},
+  )
+  summary = loop.train_and_evaluate(endless, workdir / "endless")
+  print(f"process {index} of {jax.process_count()} stopped: {summary}")
+  sys.stdout.flush()
+
+
+if __name__ == "__main__":
+  main()
