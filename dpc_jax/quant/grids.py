@@ -31,6 +31,8 @@ from dpc_jax.quant import noise
 MIN_WIDTH = 2
 MAX_WIDTH = 16
 FLOAT_WIDTH = 32
+# Of the gradient where one width is given for a whole layer.
+DEFAULT_GRADIENT_WIDTH = 8
 # CPT's smallest step of weights and activations.
 STEP_FLOOR = 1e-8
 
@@ -72,13 +74,23 @@ def as_layer_bits(bits: "int | LayerBits | Sequence[int]") -> LayerBits:
       )
     layer = LayerBits(*bits)
   else:
-    is_float = not isinstance(bits, jax.core.Tracer) and np.all(
-      np.asarray(bits) == FLOAT_WIDTH
-    )
-    layer = LayerBits(bits, bits, FLOAT_WIDTH if is_float else 8)
+    check_width(bits)
+    layer = LayerBits(bits, bits, _gradient_width(bits))
   for name, width in zip(LayerBits._fields, layer, strict=True):
     check_width(width, name)
   return layer
+
+
+def _gradient_width(bits):
+  """8, or 32 where `bits` is 32; an int of an int, else an array."""
+  if isinstance(bits, int | np.integer):
+    return FLOAT_WIDTH if bits == FLOAT_WIDTH else DEFAULT_GRADIENT_WIDTH
+  xp = jnp if isinstance(bits, jax.Array) else np
+  return xp.where(
+    xp.asarray(bits) == FLOAT_WIDTH,
+    np.int32(FLOAT_WIDTH),
+    np.int32(DEFAULT_GRADIENT_WIDTH),
+  )
 
 
 def check_width(bits: Any, name: str = "bits") -> None:

@@ -29,7 +29,8 @@ class QuantDense(nn.Dense):
   """`nn.Dense` whose product is quantized, forward and backward.
 
   Attributes, parameter names, initial values and, at width 32, results are
-  those of `nn.Dense`, so float checkpoints load both ways.
+  those of `nn.Dense`, so float checkpoints load both ways. Name the layers of
+  a model: the names that Flax makes up hold the class (`QuantDense_0`).
 
   Training or not is told by the collections: where `quant_stats` is mutable
   in `apply`, the input is quantized over the range of the batch, which also
@@ -163,7 +164,7 @@ def _variable(module, collection, name, shape, value, dtype):
     raise ValueError(
       f"{layer_path(module) or type(module).__name__}: no collection"
       f" {collection!r} in apply's variables; pass all that init returned, not"
-      " params alone"
+      " params alone, and name it in the variable_axes of an nn.scan or nn.vmap"
     )
   return module.variable(collection, name, jnp.full, shape, value, dtype)
 
@@ -177,8 +178,11 @@ def _bits(module) -> grids.LayerBits:
   )
 
 
-def _limits(module, x, grid) -> grids.Range:
-  """Range of the activation grid; updates the running one in training."""
+def _limits(module, x, grid) -> grids.Range | None:
+  """Range of the activation grid, None for that of the batch itself.
+
+  Updates the running range in training.
+  """
   batch = ops.activation_range(x, grid)
   running = [
     _variable(module, "quant_stats", name, batch.lo.shape, 0, jnp.float32)
@@ -198,4 +202,4 @@ def _limits(module, x, grid) -> grids.Range:
       average = RANGE_DECAY * old.value + (1 - RANGE_DECAY) * new
       old.value = jnp.where(is_first, new, average)
     count.value = count.value + 1
-  return batch
+  return None

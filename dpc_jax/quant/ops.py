@@ -29,6 +29,7 @@ class _Spec(NamedTuple):
   product: Callable[[jax.Array, jax.Array], jax.Array]
   quantization: grids.Quantization
   dtypes: tuple[Any, Any]
+  activation_axes: tuple[int, ...]
   weight_axes: tuple[int, ...]
   gradient_axes: tuple[int, ...]
 
@@ -48,7 +49,7 @@ def dot_general(
   """`lax.dot_general` with quantized operands.
 
   Args:
-    lhs: the activations.
+    lhs: the activations. Their channels are the last axis.
     rhs: the weights. Its channels are its axes that are not contracted.
     dimension_numbers: as in `lax.dot_general`.
     bits: three widths, () int each; traced or not.
@@ -72,7 +73,12 @@ def dot_general(
   )
   free = len(kept) - len(dimension_numbers[1][1])
   spec = _Spec(
-    product, quantization, (lhs.dtype, rhs.dtype), kept, tuple(range(-free, 0))
+    product,
+    quantization,
+    (lhs.dtype, rhs.dtype),
+    activation_axes=(-1,),
+    weight_axes=kept,
+    gradient_axes=tuple(range(-free, 0)),
   )
   return _quantized_product(spec, lhs, rhs, bits, limits, key)
 
@@ -93,7 +99,8 @@ def conv_general_dilated(
   """`lax.conv_general_dilated` with quantized operands.
 
   Stride, padding, dilation and groups (depthwise included) are those of
-  `lax.conv_general_dilated`, and further keywords go to it. Padding adds
+  `lax.conv_general_dilated`, and further keywords go to it. Channels are the
+  feature axes that `dimension_numbers` names. Padding adds
   zeros after quantization, as in CPT: they need not lie on the grid. The
   other arguments, and errors, are those of `dot_general` above.
   """
@@ -105,13 +112,13 @@ def conv_general_dilated(
     dimension_numbers=numbers,
     **kwargs,
   )
-  dtypes = (lhs.dtype, rhs.dtype)
   spec = _Spec(
     product,
     quantization,
-    dtypes,
-    (numbers.rhs_spec[0],),
-    (numbers.out_spec[1],),
+    (lhs.dtype, rhs.dtype),
+    activation_axes=(numbers.lhs_spec[1],),
+    weight_axes=(numbers.rhs_spec[0],),
+    gradient_axes=(numbers.out_spec[1],),
   )
   return _quantized_product(spec, lhs, rhs, bits, limits, key)
 
@@ -141,7 +148,14 @@ def einsum(
     i - len(output) for i, c in enumerate(output) if c in axes_of_rhs
   )
   product = functools.partial(jnp.einsum, subscripts, **kwargs)
-  spec = _Spec(product, quantization, (lhs.dtype, rhs.dtype), kept, free)
+  spec = _Spec(
+    product,
+    quantization,
+    (lhs.dtype, rhs.dtype),
+    activation_axes=(-1,),
+    weight_axes=kept,
+    gradient_axes=free,
+  )
   return _quantized_product(spec, lhs, rhs, bits, limits, key)
 
 
@@ -153,15 +167,17 @@ def _quantized_product(spec, x, w, bits, limits, key):
     if widest is not None and name != "gradients":
       check_storage(width, widest, name)
   if quantization.activations is not None:
-    own = activation_range(x, quantization.activations)
+    own = activation_range(x, quantization.activations, spec.activation_axes)
     limits = own if limits is None else grids.guarded(limits, own)
   bits = grids.LayerBits(*(jnp.asarray(b, jnp.int32) for b in bits))
   return _product(spec, x, w, bits, limits, key)
 
 
-def activation_range(x: jax.Array, grid: grids.Grid) -> grids.Range:
-  """Range of a product's first operand; channels are its last axis."""
-  return grids.value_range(lax.stop_gradient(x), grids.channel_axes(grid, None))
+def activation_range(
+  x: jax.Array, grid: grids.Grid, axes: tuple[int, ...] = (-1,)
+) -> grids.Range:
+  """Range of a product's first operand; its channels are `axes`."""
+  return grids.value_range(lax.stop_gradient(x), grids.channel_axes(grid, axes))
 
 
 def check_storage(width: Any, storage_bits: int, name: str) -> None:
@@ -198,6 +214,10 @@ def _forward(spec, x, w, bits, limits, key):
 
 def _backward(spec, residuals, g):
   qx, qw, gradient_bits, key = residuals
+  if spec.quantization.storage_bits is not None:
+    # Else a compiler may see that the forward pass decoded the same codes, and
+    # keep the float tensors instead. (XLA drops the barrier on a CPU.)
+    qx, qw = lax.optimization_barrier((qx, qw))
   grid = spec.quantization.gradients
   if grid is not None:
     limits = grids.value_range(g, grids.channel_axes(grid, spec.gradient_axes))

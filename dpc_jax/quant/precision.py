@@ -123,10 +123,10 @@ def _assigned(node, path, bits):
 
 
 def _like(width, old, name):
-  shape = jnp.shape(old)
-  if jnp.shape(width) not in ((), shape):
+  shape = np.shape(old)
+  if np.shape(width) not in ((), shape):
     raise ValueError(
-      f"{name} has shape {jnp.shape(width)}; use an int or shape {shape}"
+      f"{name} has shape {np.shape(width)}; use an int or shape {shape}"
     )
   if isinstance(width, jax.core.Tracer):
     return jnp.broadcast_to(width.astype(jnp.int32), shape)

@@ -1,5 +1,6 @@
 """Quantize an existing Flax Linen model in one call."""
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +12,11 @@ from dpc_jax.quant import grids, layers, ops
 
 Patterns = str | Sequence[str]
 DEFAULT_QUANTIZATION = grids.Quantization()
+# Flax's own calls, as an interceptor sees them.
+_CALLS = frozenset(
+  inspect.unwrap(layer.__call__)
+  for layer in (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)
+)
 
 
 def quantize(
@@ -31,19 +37,31 @@ def quantize(
     module: an unbound Flax Linen module.
     quantization: the grids of weights, activations and gradients.
     include: pattern or patterns; a layer is quantized if `re.fullmatch` of one
-      of them matches its path ('' is the path of `module` itself).
+      of them matches its path, counted from `module` ('' is `module` itself).
     exclude: pattern or patterns that take layers out again; None takes none.
 
+  Returns:
+    A module whose `__call__` is that of `module`. Another method is called by
+    name: `apply(variables, "encode", x, method="run")`.
+
   Raises:
-    ValueError: at once, a pattern that is no regular expression; in `init`, a
+    ValueError: at once, a pattern that is no regular expression, or a module
+      that this function returned; in `init`, a
       pattern that matches no layer, or a `nn.scan` / `nn.vmap` in the model
       that does not carry the two collections; in `apply`, one that does not
-      split the RNG stream `quant`.
+      name the RNG stream `quant` in `split_rngs`. One that names it False
+      cannot be told from a split one, and gives all of its layers the same
+      noise.
 
   Warns:
     UserWarning: in `init`, once, listing layers with a kernel of a kind that
       it cannot quantize (`nn.ConvTranspose`, for instance).
   """
+  if isinstance(module, Quantized):
+    raise ValueError(
+      "module is quantized already: pass its own `module`, and patterns for all"
+      " of its layers"
+    )
   patterns = []
   for name, value in (("include", include), ("exclude", exclude)):
     value = () if value is None else value
@@ -80,10 +98,13 @@ class Quantized(nn.Module):
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     """Calls the model with its products quantized."""
+    return self.run("__call__", *args, **kwargs)
+
+  def run(self, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Calls a method of the model, by name, with its products quantized."""
     seen = _Seen()
-    interceptor = self._interceptor(seen)
-    with nn.intercept_methods(interceptor):
-      result = self.module(*args, **kwargs)
+    with nn.intercept_methods(self._interceptor(seen)):
+      result = getattr(self.module, method_name)(*args, **kwargs)
     if self.is_initializing():
       self._check(seen)
     return result
@@ -93,6 +114,12 @@ class Quantized(nn.Module):
       re.fullmatch(p, path) for p in self.exclude
     )
 
+  def _path(self, module: nn.Module) -> str:
+    """Path from the wrapped model, or from the root for a module outside."""
+    depth = len(self.path)
+    inside = module.path[:depth] == self.path
+    return "/".join(module.path[depth:] if inside else module.path)
+
   def _interceptor(self, seen: "_Seen") -> Callable[..., Any]:
     has_noise = self.quantization.is_stochastic and self.has_rng("quant")
 
@@ -100,18 +127,22 @@ class Quantized(nn.Module):
       module = context.module
       if context.method_name != "__call__":
         return next_fun(*args, **kwargs)
-      path = layers.layer_path(module)
-      if not _is_quantizable(module):
+      path = self._path(module)
+      if not _is_product(context):
         result = next_fun(*args, **kwargs)
-        if _owns_kernel(module) and self._matches(path):
+        if (
+          _owns_float_kernel(module)
+          and path not in seen.quantizable
+          and self._matches(path)
+        ):
           seen.other[path] = type(module).__name__
         return result
-      seen.quantizable.append(path)
+      seen.quantizable[path] = None
       if not self._matches(path):
         return next_fun(*args, **kwargs)
       _check_lifted(module, path, has_noise)
       if isinstance(module, nn.Einsum):
-        return _call_einsum(module, self.quantization, args, kwargs)
+        return _call_einsum(next_fun, module, self.quantization, args, kwargs)
       with layers.quantized_products(module, self.quantization):
         return next_fun(*args, **kwargs)
 
@@ -134,20 +165,28 @@ class Quantized(nn.Module):
 
 
 class _Seen:
-  """Layers met during one call, by path."""
+  """Layers met during one call, by path, in order."""
 
   def __init__(self):
-    self.quantizable: list[str] = []
+    self.quantizable: dict[str, None] = {}
     self.other: dict[str, str] = {}
 
 
-def _is_quantizable(module: nn.Module) -> bool:
-  return isinstance(
-    module, nn.Dense | nn.DenseGeneral | nn.Einsum | nn.Conv
-  ) and not isinstance(module, layers.QuantDense | layers.QuantConv)
+def _is_product(context: nn.module.InterceptorContext) -> bool:
+  """Whether the call is that of a Flax layer that can be quantized.
+
+  A subclass with a `__call__` of its own comes by twice if it calls Flax's,
+  which is then the one that counts, and once if it computes its own product.
+  """
+  module = context.module
+  return (
+    context.orig_method.func in _CALLS
+    and isinstance(module, nn.Dense | nn.DenseGeneral | nn.Einsum | nn.Conv)
+    and not isinstance(module, layers.QuantDense | layers.QuantConv)
+  )
 
 
-def _owns_kernel(module: nn.Module) -> bool:
+def _owns_float_kernel(module: nn.Module) -> bool:
   return module.has_variable("params", "kernel") and not isinstance(
     module, layers.QuantDense | layers.QuantConv
   )
@@ -166,12 +205,14 @@ def _check_lifted(module: nn.Module, path: str, has_noise: bool) -> None:
     )
 
 
-def _call_einsum(module, quantization, args, kwargs):
+def _call_einsum(next_fun, module, quantization, args, kwargs):
   """`nn.Einsum` calls jnp.einsum itself: its product is swapped by hand."""
   (inputs,) = args[:1] or (kwargs["inputs"],)
   subscripts = args[1] if len(args) > 1 else kwargs.get("einsum_str")
   subscripts = nn.merge_param("einsum_str", module.einsum_str, subscripts)
   subscripts = subscripts.replace(" ", "")
+  if "->" not in subscripts or subscripts.count(",") != 1:
+    return next_fun(*args, **kwargs)  # Flax's own error.
   kernel = module.param(
     "kernel", module.kernel_init, module.shape, module.param_dtype
   )
