@@ -13,7 +13,7 @@ from configs import default
 
 def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
   config = default.get_config(method)
-  config.epochs = 2.0
+  config.steps = 703  # 2 epochs of 45,000 images
   config.batch_size = 128
   config.eval_every = 176  # half an epoch
   config.log_every = 20

@@ -12,9 +12,8 @@ def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
   """The fields; `method` as in `precision.method`."""
   config = ml_collections.ConfigDict()
   config.seed = 0  # of initial values, order, augmentation, rounding noise
-  # The length of the run: exactly one of the two.
-  config.steps = config_dict.placeholder(int)
-  config.epochs = config_dict.placeholder(float)
+  config.steps = 1_000  # the length of the run
+  config.epochs = config_dict.placeholder(float)  # if set, overrules steps
   config.batch_size = 128  # of all devices together
   config.eval_batch_size = 500  # rounded up to a multiple of the devices
   config.eval_every = 1_000  # steps; the last step is always evaluated

@@ -13,7 +13,7 @@ from configs import default
 
 def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
   config = default.get_config(method)
-  config.epochs = 20.0
+  config.steps = 449  # 20 epochs of 1,437 images
   config.batch_size = 64
   config.eval_every = 110
   config.log_every = 20

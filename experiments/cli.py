@@ -88,17 +88,7 @@ def _parse(argv: Sequence[str]) -> str | None:
   FLAGS.config.to_dict()
   if not FLAGS.workdir:
     return "--workdir is missing; see --help"
-  _replace_length(FLAGS.config)
   return None
-
-
-def _replace_length(config: ml_collections.ConfigDict) -> None:
-  """A length on the command line takes the place of the recipe's."""
-  given = config_flags.get_override_values(FLAGS["config"])
-  if "steps" in given and "epochs" not in given:
-    config.epochs = None
-  if "epochs" in given and "steps" not in given:
-    config.steps = None
 
 
 def _explain(error: Exception, argv: Sequence[str]) -> str:

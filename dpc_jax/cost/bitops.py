@@ -187,8 +187,7 @@ class RunBitops(NamedTuple):
   Attributes:
     layers: {path: LayerBitops} over the whole run.
     total: BitOPs of the run, forward and backward.
-    static_total: the same run with every layer that has widths at the static
-      ones.
+    static_total: the same run at the static widths.
     float_total: the same run in float32.
     relative_to_static: total / static_total.
     saving_vs_static: 1 - relative_to_static.
@@ -215,7 +214,7 @@ def run_bitops(
   *,
   steps: int,
   batch_size: int,
-  static_bits: int | grids.LayerBits = 8,
+  static_bits: int | grids.LayerBits | Mapping[str, int | grids.LayerBits] = 8,
 ) -> RunBitops:
   """Cost of a run from its accumulated widths, on the host.
 
@@ -225,7 +224,8 @@ def run_bitops(
     steps: training steps so far, at least 1.
     batch_size: samples of a step, over all devices.
     static_bits: the static training to compare with: B_max; an int b means
-      (b, b, 8).
+      (b, b, 8). It applies to the layers of `state`; a mapping {path: widths}
+      names the layers itself, as a float run needs, which has none in `state`.
 
   Returns:
     A `RunBitops`.
@@ -250,7 +250,9 @@ def run_bitops(
     layers[path] = LayerBitops(*(batch_size * cost.macs * p for p in products))
     width_sum += width
     width_count += steps * cost.layers
-  static = dict.fromkeys(state.sums, static_bits)
+  static = static_bits
+  if not isinstance(static, Mapping):
+    static = dict.fromkeys(state.sums, static_bits)
   total = sum(layer.total for layer in layers.values())
   static_total = bitops(costs, static, samples=samples).total
   float_total = bitops(costs, None, samples=samples).total

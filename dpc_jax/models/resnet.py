@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from dpc_jax.quant import grids, layers
 
+# He et al., 2015, by the fan-out, as in the reference's code.
+KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Explicit: "SAME" pads a stride-2 convolution differently from the reference.
 PADDING = ((1, 1), (1, 1))
 
@@ -111,14 +113,16 @@ class ResNet(nn.Module):
       x: floating-point images, normalized.
       train: True normalizes by the batch and updates `batch_stats`.
     """
+    options = {
+      "use_bias": False,
+      "dtype": self.dtype,
+      "kernel_init": KERNEL_INIT,
+    }
     if self.quantization is None:
-      conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
+      conv = functools.partial(nn.Conv, **options)
     else:
       conv = functools.partial(
-        layers.QuantConv,
-        use_bias=False,
-        dtype=self.dtype,
-        quantization=self.quantization,
+        layers.QuantConv, quantization=self.quantization, **options
       )
     # PyTorch's momentum 0.1 and epsilon, which the reference figures used.
     norm = functools.partial(

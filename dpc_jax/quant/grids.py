@@ -344,8 +344,9 @@ def fake_quantize(
       gives NaN over that range.
     bits: width, 2..16, or 32 to return `x` bit for bit; may be traced.
     grid: kind, granularity, rounding.
-    axis: the channel axis or axes, for granularity "channel"; None is the last
-      one, where Flax kernels keep their output channels.
+    axis: the channel axis or axes, for granularity "channel" ("tensor" has
+      one range whatever it is); None is the last one, where Flax kernels keep
+      their output channels.
     key: PRNG key, required for stochastic rounding.
     limits: range of the grid; None takes that of `x`.
     floor: smallest step; None is the rule for gradients (see `encode`).
@@ -355,7 +356,7 @@ def fake_quantize(
 
   Raises:
     ValueError: a concrete width outside 2..16 and 32; stochastic rounding
-      without a key; an integer `x`; an axis for granularity "tensor".
+      without a key; an integer `x`.
   """
   check_width(bits)
   x = jnp.asarray(x)
@@ -363,11 +364,6 @@ def fake_quantize(
     raise ValueError(f"x.dtype = {x.dtype}: pass a floating-point array")
   if grid.rounding == "stochastic" and key is None:
     raise ValueError("key = None: stochastic rounding needs a PRNG key")
-  if grid.granularity == "tensor" and axis is not None:
-    raise ValueError(
-      f"axis = {axis!r}: granularity 'tensor' has no channel axis; pass"
-      " axis=None, or a Grid with granularity 'channel'"
-    )
   frozen = lax.stop_gradient(x)
   own = value_range(frozen, channel_axes(grid, axis))
   limits = own if limits is None else guarded(limits, own)

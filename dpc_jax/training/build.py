@@ -36,6 +36,8 @@ class Parts(NamedTuple):
     optimizer: of its parameters.
     schedule: of its widths; empty for a float model.
     costs: {path: LayerCost} of the model.
+    static_bits: {path: B_max}, what savings are relative to, of all layers
+      that a method other than float quantizes.
     prepare: images on the device -> model input.
     init: key -> TrainState, pure.
   """
@@ -48,6 +50,7 @@ class Parts(NamedTuple):
   optimizer: optax.GradientTransformation
   schedule: schedules.Schedule
   costs: dict[str, bitops.LayerCost]
+  static_bits: dict[str, int]
   prepare: step_lib.Prepare
   init: Callable[[jax.Array], state_lib.TrainState]
 
@@ -112,6 +115,7 @@ def build(
     optimizer=optimizer,
     schedule=schedule,
     costs=macs.layer_costs(model, sample),
+    static_bits=_static_bits(config, data.num_classes, sample),
     prepare=make_prepare(config, data),
     init=init,
   )
@@ -138,6 +142,18 @@ def make_model(
     num_classes=num_classes,
     quantization=quantization,
     **sizes,
+  )
+
+
+def _static_bits(config, num_classes, sample):
+  """{path: B_max} of the layers that have widths, or would in a float run."""
+  config = ml_collections.ConfigDict(config.to_dict())
+  config.precision.method = "dpc"
+  variables = jax.eval_shape(
+    make_model(config, num_classes).init, jax.random.key(0), sample
+  )
+  return dict.fromkeys(
+    state_lib.quantized_capacities(variables), config.precision.b_max
   )
 
 

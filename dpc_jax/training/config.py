@@ -30,8 +30,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
   Raises:
     ConfigError: naming the first field that is wrong.
   """
-  if (config.steps is None) == (config.epochs is None):
-    _fail("steps", config.steps, "set exactly one of steps and epochs")
+  if config.steps is None and config.epochs is None:
+    _fail("steps", None, "set steps or epochs")
   for name in (
     "batch_size",
     "eval_batch_size",
@@ -176,7 +176,7 @@ def resolve(
       config.batch_size,
       f"must be a multiple of the {devices} devices of mesh.data",
     )
-  if config.steps is None:
+  if config.epochs is not None:
     # Whole steps; the summand is for 0.29 * 100 = 28.999999999999996.
     config.steps = math.floor(
       config.epochs * train_size / config.batch_size + 1e-6

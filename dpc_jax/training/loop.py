@@ -272,10 +272,11 @@ class _Run:
       summary_lib.write(self.workdir, self._summary())
     multihost_utils.sync_global_devices("summary.json is written")
     summary = summary_lib.read(self.workdir)
+    cost = 1 - summary["saving_vs_static"]
+    b_max = self.parts.config.precision.b_max
     self.progress.note(
       f"done: test accuracy {summary['test_accuracy']:.4f},"
-      f" {summary['gbitops']:,.0f} GBitOPs"
-      f" ({summary['saving_vs_static']:+.1%} saved against static),"
+      f" {summary['gbitops']:,.0f} GBitOPs ({cost:.1%} of static{b_max}),"
       f" {summary['seconds']:.0f} s"
     )
     return summary

@@ -20,13 +20,13 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 def run_cost(
   parts: build.Parts, cost: bitops.RunCost, steps: int
 ) -> bitops.RunBitops:
-  """Cost of a run's first `steps` steps, static width B_max for comparison."""
+  """Cost of a run's first `steps` steps, beside static B_max and float32."""
   return bitops.run_bitops(
     parts.costs,
     cost,
     steps=steps,
     batch_size=parts.config.batch_size,
-    static_bits=parts.config.precision.b_max,
+    static_bits=parts.static_bits,
   )
 
 

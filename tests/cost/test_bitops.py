@@ -290,6 +290,15 @@ def test_a_static_run_saves_nothing_and_a_float_run_has_32_bits():
   assert floats.total == floats.float_total == floats.static_total
   assert floats.mean_bits == 32
   assert floats.saving_vs_float == floats.saving_vs_static == 0
+  floats = bitops.run_bitops(
+    costs,
+    bitops.init_run_cost({}),
+    steps=5,
+    batch_size=128,
+    static_bits=dict.fromkeys(_costs(), 8),
+  )
+  assert floats.static_total == 5 * 128 * bitops.bitops(costs, bits).total
+  assert floats.relative_to_static == floats.total / floats.static_total > 1
 
 
 def test_a_run_reads_both_words():

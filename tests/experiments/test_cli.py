@@ -108,10 +108,6 @@ MISTAKES = [
     "config.optimizer.boundaries = ('half',): must be increasing",
   ),
   (
-    [DIGITS, "--workdir=W", "--config.steps=2", "--config.epochs=1"],
-    "config.steps = 2: set exactly one of steps and epochs",
-  ),
-  (
     [DIGITS, "--workdir=W", "--config.optimizer.learning_rate=nan"],
     "config.optimizer.learning_rate = nan: must be finite",
   ),
@@ -204,36 +200,6 @@ def test_help(command, flag):
   assert "--config.FIELD=VALUE" in out
   assert len(out) < 2000
   assert all(len(line) <= 80 for line in out.splitlines())
-
-
-@pytest.mark.parametrize(
-  ("arguments", "length"),
-  [
-    ([], (None, 20.0)),
-    (["--config.steps=7"], (7, None)),
-    (["--config.epochs=2"], (None, 2.0)),
-    (["--config.steps=7", "--config.epochs=2"], (7, 2.0)),
-  ],
-)
-def test_a_length_on_the_command_line_replaces_the_recipes(
-  command, arguments, length
-):
-  def main():
-    got.append((cli.FLAGS.config.steps, cli.FLAGS.config.epochs))
-
-  got = []
-  assert command(DIGITS, "--workdir=x", *arguments, main=main)[0] == 0
-  assert got == [length]
-
-
-def test_epochs_replace_steps_too(command):
-  def main():
-    got.append((cli.FLAGS.config.steps, cli.FLAGS.config.epochs))
-
-  got = []
-  recipe = "--config=configs/cifar10_resnet38.py:dpc"
-  command(recipe, "--workdir=x", "--config.epochs=2", main=main)
-  assert got == [(None, 2.0)]
 
 
 def raises(error):

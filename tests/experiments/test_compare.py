@@ -35,7 +35,6 @@ def run(monkeypatch, tmp_path):
 def small():
   config = digits_resnet8.get_config()
   config.steps = 3
-  config.epochs = None
   config.batch_size = 16
   config.model.width = 4
   config.eval_every = config.log_every = config.checkpoint_every = 3

@@ -147,7 +147,6 @@ def test_the_summary_is_right(whole):
   assert len(summary["config_hash"]) == 12
   # The cost, apart from the run: Eq. 1 and the formula of BitOPs.
   config = digits_resnet8.get_config("dpc")
-  config.epochs = None
   config.update_from_flattened_dict(OVERRIDES | {"mesh.data": 1})
   costs = build.build(config).costs
   layers = {p: c.weights for p, c in costs.items() if p != "classifier"}

@@ -268,8 +268,6 @@ def test_user_errors():
     grids.fake_quantize(jnp.arange(3), 8, grids.Grid())
   with pytest.raises(ValueError, match="key = None: stochastic rounding"):
     grids.fake_quantize(x, 8, grids.Grid(rounding="stochastic"))
-  with pytest.raises(ValueError, match="axis = 0: granularity 'tensor'"):
-    grids.fake_quantize(x, 8, grids.Grid(), axis=0)
   for field in ("kind", "granularity", "rounding"):
     with pytest.raises(ValueError, match=rf"Grid.{field} = 'odd': use one of"):
       grids.Grid(**{field: "odd"})

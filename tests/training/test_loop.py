@@ -160,8 +160,14 @@ def test_held_out_images_choose_the_checkpoint(tmp_path):
 
 
 def test_float_run(tmp_path):
-  result = loop.train_and_evaluate(tiny.make_config("float"), tmp_path)
+  config = tiny.make_config("float")
+  result = loop.train_and_evaluate(config, tmp_path)
   assert result["mean_bits"] == 32
+  # Relative to the static widths that its layers would have.
+  costs = build.build(config).costs
+  static = dpc.bitops(costs, {"first": 8, "second": 8}).total
+  ratio = dpc.bitops(costs, None).total / static
+  assert result["saving_vs_static"] == pytest.approx(1 - ratio)
   assert result["saving_vs_float"] == 0
   assert result["bits"] == {}
   assert result["float_layers"] == ["first", "second", "classifier"]
