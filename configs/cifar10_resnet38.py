@@ -1,4 +1,4 @@
-"""ResNet-38 on CIFAR-10, CPT's recipe: 64,000 steps of 128, steps at 32k, 48k.
+r"""ResNet-38 on CIFAR-10, CPT's recipe: 64,000 steps, x0.1 at 32k and 48k.
 
   python -m experiments.train --config=configs/cifar10_resnet38.py:dpc \
     --workdir=runs/cifar10_resnet38_dpc --config.data.dir=DIR

@@ -1,4 +1,4 @@
-"""ResNet-8 on CIFAR-10 for 2 epochs: minutes on a laptop.
+r"""ResNet-8 on CIFAR-10 for 2 epochs: minutes on a laptop.
 
   python -m experiments.train --config=configs/cifar10_resnet8.py:dpc \
     --workdir=runs/cifar10_resnet8_dpc --config.data.dir=DIR

@@ -1,4 +1,4 @@
-"""ResNet-8 on scikit-learn's digits: the demo, no download.
+r"""ResNet-8 on scikit-learn's digits: the demo, no download.
 
   python -m experiments.train --config=configs/digits_resnet8.py:dpc \
     --workdir=runs/digits_dpc

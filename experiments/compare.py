@@ -1,4 +1,4 @@
-"""Trains one recipe with several methods and compares them.
+r"""Trains one recipe with several methods and compares them.
 
   python -m experiments.compare --config=configs/digits_resnet8.py \
     --methods=static8,dpc --workdir=runs/demo
@@ -30,7 +30,7 @@ def main() -> None:
   """Trains `--config` once per method in `--workdir/METHOD`."""
   workdir = pathlib.Path(cli.FLAGS.workdir)
   configs = {}
-  for method in _METHODS.value:
+  for method in dict.fromkeys(_METHODS.value):
     config = copy.deepcopy(cli.FLAGS.config)
     config.precision.method = method
     # All of them first: a mistake in the last must not cost the first's time.

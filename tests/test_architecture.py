@@ -43,6 +43,9 @@ def imports(path: pathlib.Path) -> set[str]:
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       names |= {alias.name for alias in node.names}
+      assert not any(n.startswith("dpc_jax") for n in names), (
+        f"{path}: import dpc_jax's modules by `from ... import`"
+      )
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, f"{path}: relative import"
       names |= {f"{node.module}.{alias.name}" for alias in node.names}
@@ -50,7 +53,7 @@ def imports(path: pathlib.Path) -> set[str]:
 
 
 def files(room: str) -> list[pathlib.Path]:
-  return sorted((PACKAGE / room).glob("*.py"))
+  return sorted((PACKAGE / room).rglob("*.py"))
 
 
 def test_every_room_is_named_here():

@@ -104,8 +104,8 @@ def comparison(
       "",
       "## Limits",
       "",
-      f"One run per method (seed {', '.join(map(str, seeds))}): differences in"
-      " accuracy of this size are within the noise of a seed. BitOPs count the"
+      f"One run per method (seed {', '.join(map(str, seeds))}): how much of a"
+      " difference is the noise of a seed is not measured. BitOPs count the"
       " multiply-accumulates of convolutions and dense layers; batch"
       " normalization, activation functions, the optimizer and the quantizer"
       " itself are left out. Quantization is simulated in float32, so seconds"

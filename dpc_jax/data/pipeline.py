@@ -24,7 +24,8 @@ class TrainBatches:
   Process p of n gets the contiguous rows [p*B/n, (p+1)*B/n) of the global
   batch (our decision, over every n-th row): what
   `jax.make_array_from_process_local_data` assembles from them is then the
-  same global batch for any number of processes.
+  same global batch for any number of processes, on a mesh that lists devices
+  process by process.
 
   Attributes:
     batch_size: rows of the global batch, B.

@@ -43,8 +43,11 @@ def create(
     ValueError: an unknown name, a number of classes below 1, or an unknown
       size.
   """
-  if num_classes < 1:
-    raise ValueError(f"num_classes = {num_classes}: must be at least 1")
+  for field, value in {"num_classes": num_classes, **sizes}.items():
+    if isinstance(value, int) and value < 1:
+      raise ValueError(f"{field} = {value}: must be at least 1")
+  if "blocks" in sizes:
+    raise ValueError("blocks: the model's name sets the depth")
   try:
     return _constructor(name)(
       num_classes=num_classes, quantization=quantization, **sizes

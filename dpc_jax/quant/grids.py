@@ -145,7 +145,8 @@ class Quantization:
 
   Attributes:
     weights: grid of the kernel; None leaves it in float.
-    activations: grid of the layer's input; None leaves it in float.
+    activations: grid of the layer's input; None leaves it in float. Give an
+      operand without a grid the width 32: costs are counted by widths.
     gradients: grid of the gradient at the layer's output; None leaves it in
       float.
     storage_bits: None keeps what the backward pass needs in float; 8 keeps
@@ -200,9 +201,11 @@ def value_range(x: jax.Array, axis: tuple[int, ...] | None = None) -> Range:
   """Range of `x` over all axes but those in `axis`, which are kept.
 
   Returns float32 arrays of shape () if axis is None, else of x's rank. NaN
-  anywhere gives NaN.
+  anywhere gives NaN; an `x` without elements gives 0.
   """
   x = x.astype(jnp.float32)
+  if x.size == 0:
+    x = jnp.zeros([max(1, n) for n in x.shape], jnp.float32)
   if axis is None:
     return Range(jnp.min(x), jnp.max(x))
   kept = {a % x.ndim for a in axis}
@@ -259,6 +262,9 @@ def encode(
     offset = None
     span = jnp.maximum(jnp.abs(limits.lo), jnp.abs(limits.hi))
   top, bottom = top.astype(jnp.float32), bottom.astype(jnp.float32)
+  # Without it XLA turns a division by a constant into a product with its
+  # reciprocal, and a constant width would differ from a traced one.
+  top = lax.optimization_barrier(top)
   scale = span / top
   if floor is None:
     scale = jnp.where(scale == 0, 1.0, scale)
@@ -340,8 +346,8 @@ def fake_quantize(
 
   Args:
     x: floating-point tensor of any shape. All-zero, constant, one-element and
-      denormal tensors give finite values; NaN or inf anywhere in a range
-      gives NaN over that range.
+      denormal tensors give finite values; NaN or inf anywhere in a range,
+      or a range wider than float32, gives NaN over that range.
     bits: width, 2..16, or 32 to return `x` bit for bit; may be traced.
     grid: kind, granularity, rounding.
     axis: the channel axis or axes, for granularity "channel" ("tensor" has

@@ -44,7 +44,9 @@ class QuantDense(nn.Dense):
 
   Attributes:
     quantization: the grids of weights, activations and gradients; None gives
-      `nn.Dense` itself, without the two collections.
+      `nn.Dense` itself, without the two collections. An operand whose own grid
+      is None stays in float whatever its width; it starts at 32 instead of 8,
+      and should keep 32, which is what its cost is counted at.
 
   Raises:
     ValueError: `apply` without the collection `precision` or `quant_stats`; a
@@ -132,7 +134,7 @@ def call_product(
   kwargs: dict[str, Any],
 ) -> jax.Array:
   """Calls a product of `ops` with the widths, range and key of `module`."""
-  bits = _bits(module)
+  bits = _bits(module, quantization)
   limits = None
   if quantization.activations is not None:
     limits = _limits(module, x, quantization.activations)
@@ -157,8 +159,9 @@ def layer_path(module: nn.Module) -> str:
 
 
 def _variable(module, collection, name, shape, value, dtype):
+  # Mutable is not enough: widths made up in `apply` would be a silent reset.
   if not (
-    module.is_mutable_collection(collection)
+    (module.is_initializing() and module.is_mutable_collection(collection))
     or module.has_variable(collection, name)
   ):
     raise ValueError(
@@ -169,10 +172,19 @@ def _variable(module, collection, name, shape, value, dtype):
   return module.variable(collection, name, jnp.full, shape, value, dtype)
 
 
-def _bits(module) -> grids.LayerBits:
+def _bits(module, quantization) -> grids.LayerBits:
   return grids.LayerBits(
     *(
-      _variable(module, "precision", field, (), INITIAL_WIDTH, jnp.int32).value
+      _variable(
+        module,
+        "precision",
+        field,
+        (),
+        grids.FLOAT_WIDTH
+        if getattr(quantization, field) is None
+        else INITIAL_WIDTH,
+        jnp.int32,
+      ).value
       for field in grids.LayerBits._fields
     )
   )

@@ -164,7 +164,8 @@ def _quantized_product(spec, x, w, bits, limits, key):
   widest = quantization.storage_bits
   for name, width in zip(grids.LayerBits._fields, bits, strict=True):
     grids.check_width(width, name)
-    if widest is not None and name != "gradients":
+    has_grid = getattr(quantization, name) is not None
+    if widest is not None and has_grid and name != "gradients":
       check_storage(width, widest, name)
   if quantization.activations is not None:
     own = activation_range(x, quantization.activations, spec.activation_axes)

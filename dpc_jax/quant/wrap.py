@@ -201,7 +201,8 @@ def _check_lifted(module: nn.Module, path: str, has_noise: bool) -> None:
     raise ValueError(
       f"layer {path!r} is inside an nn.scan or nn.vmap that does not carry the"
       " quantizer's state: give it variable_axes={..., 'precision': 0,"
-      " 'quant_stats': 0} and split_rngs={..., 'quant': True}"
+      " 'quant_stats': 0} and split_rngs={..., 'quant': True}, or, where its"
+      " parameters are shared and not stacked (nn.RNN), exclude it"
     )
 
 

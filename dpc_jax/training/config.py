@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import ml_collections
 
+from dpc_jax.policy import dpc
+
 METHODS = ("float", "static<b>, such as static8", "dpc")
 OPTIMIZERS = ("sgd", "adamw")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine", "steps")
@@ -95,12 +97,17 @@ def _validate_precision(config) -> None:
       2 <= precision[name] <= 16,
       "must be in 2..16",
     )
-  _check(
-    config,
-    "precision.b_min",
-    precision.b_min <= precision.b_max,
-    f"must not exceed precision.b_max = {precision.b_max}",
-  )
+  # For every method: a recipe's mistake must show before another's run.
+  try:
+    dpc.check_arguments(
+      precision.b_min,
+      precision.b_max,
+      precision.delta,
+      precision.center,
+      precision.log_form,
+    )
+  except ValueError as error:
+    raise ConfigError(f"config.precision: {error}") from None
   for name in ("weights", "activations", "gradients"):
     width = precision[name]
     _check(
@@ -150,6 +157,13 @@ def _validate_optimizer(config) -> None:
     and list(optimizer.boundaries) == sorted(set(optimizer.boundaries)),
     "must be increasing fractions of the run, in (0, 1)",
   )
+  _check(
+    config,
+    "optimizer.boundaries",
+    optimizer.schedule != "steps"
+    or all(b > optimizer.warmup for b in optimizer.boundaries),
+    f"must come after the warm-up, {optimizer.warmup} of the run",
+  )
 
 
 def resolve(
@@ -187,6 +201,13 @@ def resolve(
         config.epochs,
         f"{train_size} images in batches of {config.batch_size} give no step",
       )
+  steps = [round(b * config.steps) for b in config.optimizer.boundaries]
+  if config.optimizer.schedule == "steps" and len(set(steps)) < len(steps):
+    _fail(
+      "optimizer.boundaries",
+      config.optimizer.boundaries,
+      f"two of them fall on one of the {config.steps} steps",
+    )
   if config.steps > _MAX_STEPS:
     name = "steps" if config.epochs is None else "epochs"
     _fail(name, config[name], f"must give at most {_MAX_STEPS} steps")

@@ -4,10 +4,11 @@ import collections
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
+import numpy as np
 from jax.experimental import multihost_utils
 
 from dpc_jax.data import pipeline
@@ -75,7 +76,8 @@ class _Run:
     self.progress = metrics_lib.Progress(
       f"[{config.model.name} {config.precision.method}]", config.steps
     )
-    self.progress.note(f"compiling for {summary_lib.environment()['device']}")
+    environment = summary_lib.environment(parts.mesh)
+    self.progress.note(f"compiling for {environment['device']}")
     self.programs = build.compile_programs(parts)
     self.progress.note(f"compiled in {self.programs.seconds:.1f} s")
     self.checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
@@ -91,9 +93,8 @@ class _Run:
     self.is_finite = jax.jit(state_lib.is_finite)
     self.writer = metrics_lib.Writer(workdir)
     self.bits_log = None
+    self.owes_evaluation = self._cut_lines()
     if jax.process_index() == 0:
-      metrics_lib.cut_lines(workdir / "metrics.jsonl", self.step + 1)
-      metrics_lib.cut_lines(workdir / "bits.jsonl", self.step)
       self.bits_log = bits_log.BitsLog(
         workdir / "bits.jsonl",
         parts.schedule,
@@ -121,11 +122,45 @@ class _Run:
     self.progress.note(f"going on from the checkpoint of step {latest}")
     return host
 
+  def _cut_lines(self) -> bool:
+    """Removes what came after the restored step.
+
+    Returns whether that step was saved, and then stopped or killed before its
+    evaluation was written; all processes agree on it.
+    """
+    owes = False
+    if jax.process_index() == 0:
+      step, path = self.step, self.workdir / "metrics.jsonl"
+      owes = self._evaluates() and not any(
+        line["step"] == step and line["split"] == "test"
+        for line in metrics_lib.read_lines(path)
+      )
+      metrics_lib.keep_lines(
+        path,
+        lambda line: (
+          line["step"] < step
+          or (line["step"] == step and (line["split"] == "train" or not owes))
+        ),
+      )
+      metrics_lib.keep_lines(
+        self.workdir / "bits.jsonl", lambda line: line["step"] < step
+      )
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(owes)))
+
+  def _evaluates(self) -> bool:
+    """Whether an evaluation belongs to the current step."""
+    config = self.parts.config
+    return self.step > 0 and (
+      self.step == config.steps or self.step % config.eval_every == 0
+    )
+
   def train(self, is_stopping: Callable[[int], bool]) -> dict[str, Any] | None:
     config = self.parts.config
     if self.step == 0:
       bits = jax.device_get(state_lib.layer_bits(self.state))
       self.progress.note(f"layers\n{summary_lib.layer_table(self.parts, bits)}")
+    if self.owes_evaluation:
+      self._evaluate()
     pending = []
     self.watch.resume()
     while self.step < config.steps:
@@ -146,7 +181,7 @@ class _Run:
       # step, which is saved then.
       stops = is_stopping(self.step) and not is_last
       logs = is_last or self.step % config.log_every == 0
-      evaluates = is_last or self.step % config.eval_every == 0
+      evaluates = self._evaluates()
       saves = is_last or stops or self.step % config.checkpoint_every == 0
       if not (logs or evaluates or saves):
         continue
@@ -156,8 +191,8 @@ class _Run:
       self._check_finite(state=evaluates or saves)
       if logs:
         self._log(seconds_per_step)
-      if evaluates:
-        self._evaluate()
+      # Saved before it is evaluated: a machine that is taken away waits for
+      # the one, and a run that goes on makes up for the other.
       if saves:
         self._save()
       if stops:
@@ -167,6 +202,8 @@ class _Run:
           " goes on"
         )
         return None
+      if evaluates:
+        self._evaluate()
       self.watch.resume()
     return self._finish()
 
@@ -179,6 +216,9 @@ class _Run:
       what = "the state is not finite"
     else:
       what = f"the loss is {loss}"
+    self._fail(what)
+
+  def _fail(self, what: str) -> NoReturn:
     self.checkpoints.wait()
     latest = self.checkpoints.latest_step()
     left = (
@@ -215,6 +255,8 @@ class _Run:
         continue
       start = self.watch.seconds()
       means = self._evaluate_split(split)
+      if not math.isfinite(means["loss"]):
+        self._fail(f"the {split} loss is {means['loss']}")
       count = len(self.parts.data.splits[split])
       values = self._position() | means
       values["images_per_second"] = count / (self.watch.seconds() - start)
@@ -293,7 +335,7 @@ class _Run:
       "compile_seconds": self.compile_seconds,
       "compile_count": self.compile_count,
     }
-    return summary | summary_lib.environment()
+    return summary | summary_lib.environment(self.parts.mesh)
 
   def close(self) -> None:
     self.progress.close()

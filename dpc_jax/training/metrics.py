@@ -7,7 +7,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -57,10 +57,12 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
   return lines
 
 
-def cut_lines(path: pathlib.Path, end: int) -> None:
-  """Removes the lines of a JSON-lines file whose step is `end` or later."""
+def keep_lines(
+  path: pathlib.Path, is_kept: Callable[[dict[str, Any]], bool]
+) -> None:
+  """Removes the other lines of a JSON-lines file, and those cut short."""
   if path.exists():
-    kept = [line for line in read_lines(path) if line["step"] < end]
+    kept = [line for line in read_lines(path) if is_kept(line)]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     temporary.replace(path)
@@ -83,7 +85,10 @@ class Writer:
     if not self._writes:
       return
     with self._path.open("a") as file:
-      file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+      file.write(
+        json.dumps({"step": step, "split": split, **values}, allow_nan=False)
+        + "\n"
+      )
     if self._events is not None:
       self._events.write_scalars(
         step, {f"{split}/{k}": v for k, v in values.items()}

@@ -38,7 +38,10 @@ def make_mesh(data: int | None = None) -> Mesh:
       f"config.mesh.data = {data}: with several processes it must be all"
       f" {available} devices"
     )
-  devices = np.asarray(jax.devices()[:data]).reshape(data, 1, 1)
+  # Process by process, so that the rows of a process are contiguous in the
+  # global batch (see `dpc_jax.data.pipeline`).
+  ordered = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  devices = np.asarray(ordered[:data]).reshape(data, 1, 1)
   return Mesh(devices, AXES)
 
 

@@ -14,7 +14,7 @@ import optax
 
 from dpc_jax.cost import bitops
 from dpc_jax.policy import schedules
-from dpc_jax.quant import grids, precision
+from dpc_jax.quant import precision
 from dpc_jax.training import state as state_lib
 
 Batch = dict[str, jax.Array]
@@ -71,13 +71,16 @@ def make_train_step(
   batch.
 
   Raises:
-    ValueError: from `train_step`, where the model rounds stochastically and
-      `state.rng` is None.
+    ValueError: from `train_step`, where `state.rng` is None and the model has
+      quantized layers, unless its attribute `quantization` says that nothing
+      is rounded stochastically.
   """
+  # A model that does not say how it quantizes may round stochastically.
   quantization = getattr(model, "quantization", None)
+  may_be_random = quantization is None or quantization.is_stochastic
 
   def train_step(state, batch):
-    rngs = _rngs(state, quantization)
+    rngs = _rngs(state, may_be_random)
     bits, schedule_state = schedule.update(
       state.schedule_state, step=state.step, statistics=None
     )
@@ -139,14 +142,15 @@ def make_eval_step(
 
 
 def _rngs(
-  state: state_lib.TrainState, quantization: grids.Quantization | None
+  state: state_lib.TrainState, may_be_random: bool
 ) -> dict[str, jax.Array]:
   """{stream: key of this step}; empty without `state.rng`."""
   if state.rng is None:
-    if quantization is not None and quantization.is_stochastic:
+    if may_be_random and "precision" in state.model_state:
       raise ValueError(
-        "state.rng = None: the model rounds stochastically and needs the RNG"
-        " stream 'quant'; set a key, or round to nearest"
+        "state.rng = None: stochastic rounding needs the RNG stream 'quant';"
+        " set a key, or give the model an attribute `quantization` that rounds"
+        " to nearest"
       )
     return {}
   key = jax.random.fold_in(state.rng, state.step)

@@ -6,8 +6,8 @@ import pathlib
 import platform
 from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dpc_jax.cost import bitops
 from dpc_jax.training import build
@@ -87,11 +87,11 @@ def summarize(
   }
 
 
-def environment() -> dict[str, Any]:
-  """The device and the versions that a run ran on."""
-  devices = jax.devices()
+def environment(mesh: Mesh) -> dict[str, Any]:
+  """The devices of a run, and the versions that it ran with."""
+  kind = mesh.devices.flat[0].device_kind
   return {
-    "device": f"{len(devices)} x {devices[0].device_kind}",
+    "device": f"{mesh.devices.size} x {kind}",
     "versions": {
       "python": platform.python_version(),
       **{name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -21,13 +21,16 @@ def watch() -> Iterator[Callable[[int], bool]]:
     # JAX's own handler took SIGTERM when the processes found each other.
     yield multihost_utils.reached_preemption_sync_point
     return
-  stopping = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield lambda step: False
     return
-  before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+  # Appending takes no lock, which a handler must not wait for.
+  signals = []
+  before = signal.signal(
+    signal.SIGTERM, lambda number, frame: signals.append(number)
+  )
   try:
-    yield lambda step: stopping.is_set()
+    yield lambda step: bool(signals)
   finally:
     # None: a handler that was not set from Python and cannot be set again.
     signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

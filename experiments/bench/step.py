@@ -1,4 +1,4 @@
-"""Times the train step of a recipe: float, static, DPC, DPC with 8-bit storage.
+r"""Times a recipe's train step: float, static, DPC, DPC with 8-bit storage.
 
   python -m experiments.bench.step --config=configs/cifar10_resnet38.py \
     --workdir=runs/bench
@@ -13,6 +13,7 @@ for: arguments, results and temporaries, less what they share.
 import copy
 import json
 import pathlib
+import re
 import shlex
 import statistics
 import sys
@@ -27,11 +28,13 @@ from absl import flags
 from dpc_jax.analysis import report
 from dpc_jax.data import pipeline, sources
 from dpc_jax.training import build, sharding, summary
+from dpc_jax.training import config as config_lib
 from experiments import cli
 
-_ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds of one timing each.")
-_STEPS = flags.DEFINE_integer("steps", 3, "Steps per timing.")
-_JSON = flags.DEFINE_string("json", None, "File to write; none: the workdir.")
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 15, "Rounds of one timing each.", lower_bound=2
+)
+_STEPS = flags.DEFINE_integer("steps", 3, "Steps per timing.", lower_bound=1)
 
 # Image shape and classes of each data set.
 _SHAPES = {
@@ -55,13 +58,15 @@ class Variant(NamedTuple):
 def variants(config: Any) -> dict[str, Any]:
   """{label: config} of what is compared; the first one is the baseline."""
   b_max = config.precision.b_max
-  configs = {}
-  for label, method, storage in (
+  methods = [
     ("float", "float", None),
     (f"static{b_max}", f"static{b_max}", None),
     ("dpc", "dpc", None),
-    ("dpc, 8-bit storage", "dpc", 8),
-  ):
+  ]
+  if b_max <= 8:
+    methods.append(("dpc, 8-bit storage", "dpc", 8))
+  configs = {}
+  for label, method, storage in methods:
     variant = copy.deepcopy(config)
     variant.precision.method = method
     variant.precision.storage_bits = storage
@@ -71,6 +76,10 @@ def variants(config: Any) -> dict[str, Any]:
 
 def random_images(name: str, count: int) -> sources.ImageData:
   """Random images of a data set's shape, under its name."""
+  if name not in _SHAPES:
+    raise config_lib.ConfigError(
+      f"config.data.name = {name!r}: use one of {', '.join(_SHAPES)}"
+    )
   shape, classes = _SHAPES[name]
   rng = np.random.default_rng(0)
   split = sources.Split(
@@ -138,10 +147,14 @@ def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
   """The measurements of one recipe, as they go into the JSON file."""
   data = random_images(config.data.name, max(2048, config.batch_size))
   config.data.holdout = 0
+  # All are built first: a mistake in the last must not cost the first's time.
+  built = {
+    label: build.build(variant, data)
+    for label, variant in variants(config).items()
+  }
   compiled = {}
-  for label, variant in variants(config).items():
+  for label, parts in built.items():
     print(f"compiling {label}", flush=True)
-    parts = build.build(variant, data)
     compiled[label] = compile_variant(parts)
   rows = pipeline.TrainBatches(
     data.splits["train"], batch_size=config.batch_size, seed=0
@@ -168,7 +181,7 @@ def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
       "peak_ratio": variant.peak_bytes / compiled[base].peak_bytes,
       "temporary_mib": variant.temporary_bytes / _MIB,
     }
-  return {
+  return summary.environment(parts.mesh) | {
     "model": config.model.name,
     "batch_size": config.batch_size,
     "rounds": rounds,
@@ -182,24 +195,23 @@ def main() -> None:
   """Measures `--config`, prints a table, writes the JSON file."""
   start = time.perf_counter()
   results = measure(cli.FLAGS.config, _ROUNDS.value, _STEPS.value)
-  results |= summary.environment()
   results["command"] = " ".join(
     ["python -m experiments.bench.step", *map(shlex.quote, sys.argv[1:])]
   )
   results["wall_seconds"] = time.perf_counter() - start
-  name = f"step_{results['model']}.json"
-  path = pathlib.Path(_JSON.value or pathlib.Path(cli.FLAGS.workdir) / name)
+  name = f"step_{results['model']}_{_slug(results['device'])}.json"
+  path = pathlib.Path(cli.FLAGS.workdir) / name
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(results, indent=2) + "\n")
   header = (
     "train step",
-    "/ float",
+    "time/float",
     "quartiles",
     "ms",
     "images/s",
     "compile s",
     "peak MiB",
-    "/ float",
+    "peak/float",
   )
   table = [
     (
@@ -221,6 +233,11 @@ def main() -> None:
   print(report.text_table(table, header))
   print(f"\ninput alone: {results['input_images_per_second']:,.0f} images/s")
   print(f"written: {path}")
+
+
+def _slug(device: str) -> str:
+  """A device's name as a part of a file's: "1 x cpu" -> "cpu"."""
+  return re.sub(r"[^a-z0-9]+", "_", device.lower().split(" x ")[-1])
 
 
 if __name__ == "__main__":

@@ -16,18 +16,49 @@ def pixels(path, color):
   return np.argwhere(np.abs(rgb - wanted).max(-1) < 8)
 
 
-def test_bits_per_layer_draws_each_run_at_its_height(tmp_path):
+def markers(path, color, count):
+  """Centers (x, y) of the markers of a color, the legend's left out."""
+  found = pixels(path, color)[:, ::-1]
+  labels = [[found[0]]]
+  for point in found[np.argsort(found[:, 0])]:
+    group = min(labels, key=lambda g: np.abs(np.mean(g, 0) - point).max())
+    if np.abs(np.mean(group, 0) - point).max() < 15:
+      group.append(point)
+    else:
+      labels.append([point])
+  centers = np.array([np.mean(g, 0) for g in labels if len(g) > 20])
+  assert len(centers) == count + 1, "the layers and the legend"
+  legend = np.argmax(centers[:, 1])
+  return np.delete(centers, legend, 0)[
+    np.argsort(np.delete(centers, legend, 0)[:, 0])
+  ]
+
+
+def test_bits_per_layer_draws_widths_above_sizes(tmp_path):
   path = tmp_path / "bits.png"
+  widths = {"stem": 8, "conv": 6, "big": 3}
   runs = {
     "static8": dict.fromkeys(CAPACITIES, (8, 8, 8)),
-    "dpc": dict.fromkeys(CAPACITIES, (3, 3, 8)),
+    "dpc": {name: (w, w, 8) for name, w in widths.items()},
   }
   plots.bits_per_layer(runs, CAPACITIES, path)
-  # The legend has one marker of each color too: medians leave it out.
-  static = np.median(pixels(path, plots.COLORS[0])[:, 0])
-  dpc = np.median(pixels(path, plots.COLORS[1])[:, 0])
-  with Image.open(path) as image:
-    assert static < dpc < image.height * 0.6
+  static = markers(path, plots.COLORS[0], 3)
+  dpc = markers(path, plots.COLORS[1], 3)
+  # Heights are widths, to a straight line: 8, 6, 3 from left to right.
+  y = dpc[:, 1]
+  assert y[0] == pytest.approx(static[0, 1], abs=3)
+  assert (y[2] - y[0]) / (y[1] - y[0]) == pytest.approx(5 / 2, rel=0.05)
+  np.testing.assert_allclose(static[:, 1], static[0, 1], atol=3)
+  # Side by side, not one on the other.
+  assert np.all(dpc[:, 0] - static[:, 0] > 5)
+  # The bars below, on a logarithmic axis: sizes grow by 16 and by 16.
+  bars = pixels(path, "#999999")
+  heights = []
+  for x in (static[:, 0] + dpc[:, 0]) / 2:
+    heights.append(np.sum(bars[:, 1] == round(x)))
+  rises = np.diff(heights)
+  assert rises[0] > 10
+  assert rises[0] == pytest.approx(rises[1], abs=4)
 
 
 @pytest.mark.parametrize("count", [1, 110])

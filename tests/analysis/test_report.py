@@ -67,3 +67,13 @@ def test_markdown_table():
 def test_comparison_report(part):
   text = report.comparison({"dpc": summary()}, command="make it", b_max=8)
   assert part in text
+
+
+def test_every_run_has_its_own_column_of_bits():
+  text = report.comparison(
+    {"static8": summary(), "dpc": summary(bits={"stem": [3, 4, 5]})},
+    command="x",
+    b_max=8,
+  )
+  assert "| layer | N_k | MACs | bits, static8 | bits, dpc |" in text
+  assert "| `stem` | 144 | 9,216 | 8/8/8 | 3/4/5 |" in text

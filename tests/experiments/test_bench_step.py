@@ -5,6 +5,7 @@ import statistics
 import pytest
 
 from configs import digits_resnet8
+from dpc_jax.training import config as config_lib
 from experiments.bench import step
 
 
@@ -38,6 +39,26 @@ def test_ratios_are_to_the_float_step(results):
     assert figures["peak_ratio"] == pytest.approx(
       figures["peak_mib"] / float_step["peak_mib"]
     )
+
+
+def test_each_variant_is_what_its_label_says():
+  config = digits_resnet8.get_config()
+  assert {
+    label: (c.precision.method, c.precision.storage_bits)
+    for label, c in step.variants(config).items()
+  } == {
+    "float": ("float", None),
+    "static8": ("static8", None),
+    "dpc": ("dpc", None),
+    "dpc, 8-bit storage": ("dpc", 8),
+  }
+  config.precision.b_max = 10
+  assert list(step.variants(config)) == ["float", "static10", "dpc"]
+
+
+def test_unknown_images_are_refused():
+  with pytest.raises(config_lib.ConfigError, match="'mnist': use one of dig"):
+    step.random_images("mnist", 8)
 
 
 def test_variants_take_turns():

@@ -60,9 +60,21 @@ def test_compare_writes_and_prints(run, capsys):
   assert again[again.index("method ") :] == out[out.index("method ") :]
 
 
-def test_a_mistake_in_any_method_stops_before_the_first(run, tmp_path):
-  with pytest.raises(config_lib.ConfigError, match="sttic8"):
-    run(small(), ["dpc", "sttic8"])
+@pytest.mark.parametrize(
+  ("method", "field", "value"),
+  [
+    ("sttic8", "seed", 0),
+    ("dpc", "precision.center", "middle"),
+    ("dpc", "precision.delta", 3.0),
+  ],
+)
+def test_a_mistake_in_any_method_stops_before_the_first(
+  run, tmp_path, method, field, value
+):
+  config = small()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(config_lib.ConfigError, match=r"sttic8|middle|3\.0"):
+    run(config, ["static8", method])
   assert not list(tmp_path.iterdir())
 
 

@@ -235,3 +235,10 @@ def test_the_grids_reach_every_convolution():
   )
   assert "quant_stats" not in variables
   assert len(precision.layer_bits(variables)) == 9
+
+
+def test_a_name_cannot_lie():
+  with pytest.raises(ValueError, match="blocks: the model's name sets"):
+    models.create("resnet8", num_classes=10, blocks=3)
+  with pytest.raises(ValueError, match="width = 0: must be at least 1"):
+    models.create("resnet8", num_classes=10, width=0)

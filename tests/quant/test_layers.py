@@ -203,3 +203,11 @@ def test_noise_follows_the_quant_stream():
   assert not np.array_equal(first, none)
   # Raw keys serve as well.
   np.testing.assert_array_equal(first, gradient(jax.random.PRNGKey(0)))
+
+
+def test_an_operand_without_a_grid_starts_at_32():
+  layer = layers.QuantDense(
+    4, quantization=grids.Quantization(activations=None, gradients=None)
+  )
+  variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
+  assert precision.layer_bits(variables)[""] == (8, 32, 32)

@@ -182,7 +182,7 @@ def test_static_run_saves_nothing_against_static(tmp_path):
 
 class TestDivergence:
   def prepare(self, monkeypatch, at):
-    """The step that takes step `at` to the next one gets a NaN image."""
+    """The step that takes step `at` to the next one gets NaN parameters."""
 
     def make_prepare(config, data):
       del config, data

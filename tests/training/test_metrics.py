@@ -141,7 +141,7 @@ class TestProgress:
 def test_a_damaged_line_is_left_out(tmp_path):
   path = tmp_path / "lines.jsonl"
   path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-  metrics.cut_lines(path, 2)
+  metrics.keep_lines(path, lambda line: line["step"] < 2)
   assert path.read_text() == '{"step": 1}\n'
   assert metrics.read_lines(tmp_path / "none.jsonl") == []
 
