@@ -354,3 +354,25 @@ def test_nothing_is_allocated_or_computed():
   model = nn.Dense(2**20, use_bias=False)
   costs = macs.layer_costs(model, _input(1, 2**20))
   assert costs == {"": LayerCost(2**40, 2**40)}
+
+
+def test_products_that_a_trace_does_not_size_are_refused():
+  class Sharded(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
+      spec = jax.sharding.PartitionSpec("data")
+      return jax.shard_map(
+        lambda x: x @ jnp.ones((3, 3)), mesh=mesh, in_specs=spec, out_specs=spec
+      )(x)
+
+  class Ragged(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return jax.lax.ragged_dot(
+        x, jnp.ones((1, 3, 3)), jnp.array([x.shape[0]], jnp.int32)
+      )
+
+  for model, name in ((Sharded(), "shard_map"), (Ragged(), "ragged_dot")):
+    with pytest.raises(ValueError, match=f"cannot count.*'{name}"):
+      macs.layer_costs(model, _input(2, 3))

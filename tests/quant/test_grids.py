@@ -329,3 +329,13 @@ def test_storage_codes_decode_to_the_same_values(dtype):
         assert np.abs(codes).max() == 2 ** (bits - 1) - 1
     for bits in (9, 16, 32):
       assert np.all(np.isnan(values(x, bits)[1]))
+
+
+def test_a_constant_width_equals_a_traced_one():
+  x = jax.random.normal(jax.random.key(0), (10_000,))
+  traced = jax.jit(lambda x, b: grids.fake_quantize(x, b, grids.Grid()))
+  for bits in range(2, 9):
+    constant = jax.jit(
+      lambda x, b=bits: grids.fake_quantize(x, b, grids.Grid())
+    )
+    np.testing.assert_array_equal(constant(x), traced(x, bits))

@@ -211,3 +211,16 @@ def test_an_operand_without_a_grid_starts_at_32():
   )
   variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
   assert precision.layer_bits(variables)[""] == (8, 32, 32)
+
+
+def test_widths_are_not_made_up_in_apply():
+  layer = layers.QuantDense(4)
+  variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
+  with pytest.raises(ValueError, match="no collection 'precision'"):
+    layer.apply({"params": variables["params"]}, jnp.ones((2, 3)), mutable=True)
+
+
+def test_an_empty_batch():
+  layer = layers.QuantDense(4)
+  variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
+  assert layer.apply(variables, jnp.ones((0, 3))).shape == (0, 4)

@@ -84,3 +84,19 @@ def test_storage_refuses_wider_widths():
     case, stored, products.widths(8, 8, 32), x, w, g
   )
   assert np.all(np.isfinite(dx)) and np.all(np.isfinite(dw))
+
+
+def test_an_operand_without_a_grid_may_have_32_bits():
+  case = products.CASES["dense"]
+  x, w, _ = products.arrays(case)
+  bits = grids.LayerBits(32, 8, 8)  # concrete: the check reads it
+  y, want = (
+    case.quantized(
+      x,
+      w,
+      bits=bits,
+      quantization=grids.Quantization(weights=None, storage_bits=storage),
+    )
+    for storage in (8, None)
+  )
+  assert products.relative_error(y, want) < 1e-6

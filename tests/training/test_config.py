@@ -4,10 +4,12 @@ import json
 import math
 import pathlib
 
+import jax
 import pytest
 
-from dpc_jax.data import sources
-from dpc_jax.training import build
+from dpc_jax.data import pipeline, sources
+from dpc_jax.quant import grids
+from dpc_jax.training import build, sharding, summary
 from dpc_jax.training import config as config_lib
 from tests.training import tiny
 
@@ -17,6 +19,14 @@ NAN = float("nan")
 MISTAKES = [
   ({"steps": None}, "config.steps = None: set steps or epochs"),
   ({"steps": 0}, "config.steps = 0: must be positive"),
+  (
+    {"optimizer.schedule": "steps", "optimizer.warmup": 0.6},
+    "must come after the warm-up, 0.6 of the run",
+  ),
+  (
+    {"optimizer.schedule": "steps", "optimizer.boundaries": (0.5, 0.51)},
+    "two of them fall on one of the 6 steps",
+  ),
   ({"steps": -3}, "config.steps = -3: must be positive"),
   ({"steps": 2**31}, "config.steps = 2147483648: must give at most"),
   ({"steps": None, "epochs": NAN}, "config.epochs = nan: must be positive"),
@@ -224,3 +234,55 @@ class TestWorkdir:
     del there["matmul_precision"]
     path.write_text(json.dumps(there))
     config_lib.claim_workdir(self.config(), tmp_path)
+
+
+def test_the_model_has_the_grids_of_the_config(digits):
+  config = tiny.make_config(
+    **{"precision.kind": "symmetric", "precision.storage_bits": 8}
+  )
+  quantization = build.build(config, digits).model.quantization
+  assert quantization == grids.Quantization(
+    weights=grids.Grid("symmetric", "channel", "nearest"),
+    activations=grids.Grid("symmetric", "tensor", "nearest"),
+    gradients=grids.Grid("symmetric", "tensor", "stochastic"),
+    storage_bits=8,
+  )
+
+
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_programs_take_the_matmul_precision(digits, monkeypatch, precision):
+  seen = []
+  make_train_step = build.step_lib.make_train_step
+
+  def spy(*args):
+    train_step = make_train_step(*args)
+
+    def spied(state, batch):
+      seen.append(jax.config.jax_default_matmul_precision)
+      return train_step(state, batch)
+
+    return spied
+
+  monkeypatch.setattr(build.step_lib, "make_train_step", spy)
+  with jax.default_matmul_precision("high"):
+    build.compile_programs(
+      build.build(tiny.make_config(matmul_precision=precision), digits)
+    )
+  assert seen == [precision or "high"]
+
+
+def test_the_train_step_donates_the_state(digits):
+  parts = build.build(tiny.make_config(), digits)
+  programs = build.compile_programs(parts)
+  rows = pipeline.TrainBatches(
+    digits.splits["train"], batch_size=16, seed=0
+  ).batch(0)
+  state = programs.init()
+  programs.train_step(state, sharding.put_batch(rows, parts.mesh))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_run_names_its_own_devices(digits):
+  parts = build.build(tiny.make_config(**{"mesh.data": 2}), digits)
+  device = summary.environment(parts.mesh)["device"]
+  assert device == f"2 x {jax.devices()[0].device_kind}"

@@ -351,3 +351,15 @@ def test_the_config_does_not_depend_on_the_devices():
   assert eight.eval_batch_size == 104
   assert eight.config.eval_batch_size == 97
   assert one.eval_batch_size == 96
+
+
+def test_an_evaluation_that_is_not_finite(tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    loop._Run,
+    "_evaluate_split",
+    lambda run, split: {"loss": float("inf"), "accuracy": 0.0},
+  )
+  with pytest.raises(loop.DivergedError, match="the test loss is inf at step"):
+    loop.train_and_evaluate(tiny.make_config(), tmp_path)
+  for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+    assert json.loads(line)["split"] == "train"

@@ -186,3 +186,20 @@ def test_checkpoint_holds_the_config(tmp_path):
   assert json.loads(json.dumps(saved.config)) == there
   assert jax.tree.leaves(there)
   assert np.isfinite(there["optimizer"]["learning_rate"])
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_a_stop_at_an_evaluation_saves_first(
+  undisturbed, config, tmp_path, capsys, step
+):
+  loop.config_lib.claim_workdir(build.build(config).config, tmp_path)
+  assert cut(config, tmp_path, step, kill=False) is None
+  out = capsys.readouterr().out
+  assert f"stopped by SIGTERM at step {step}; saved" in out
+  assert f"step {step}: test accuracy" not in out
+  # A kill between the two lines of an evaluation would leave one of them.
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write(json.dumps({"step": step, "split": "validation"}) + "\n")
+  summary = loop.train_and_evaluate(config, tmp_path)
+  assert f"step {step}: test accuracy" in capsys.readouterr().out
+  assert_as_undisturbed(undisturbed, config, tmp_path, summary)

@@ -268,3 +268,19 @@ def test_is_finite_looks_at_all_floats():
   assert not state_lib.is_finite(state.replace(params=params))
   momentum = jax.tree.map(lambda x: x * jnp.nan, state.opt_state)
   assert not state_lib.is_finite(state.replace(opt_state=momentum))
+
+
+class Plain(nn.Module):
+  """A user's model: quantized layers, and no word on how they quantize."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    return dpc.QuantDense(10, name="head")(x.reshape((len(x), -1)))
+
+
+def test_a_model_that_does_not_say_needs_a_key():
+  init, train_step, _ = make(model=Plain(), schedule=schedules.constant(4))
+  state = init(jax.random.key(0))
+  train_step(state, make_batch())
+  with pytest.raises(ValueError, match=r"state\.rng = None: stochastic"):
+    train_step(state.replace(rng=None), make_batch())
