@@ -71,9 +71,8 @@ def make_train_step(
   batch.
 
   Raises:
-    ValueError: from `train_step`, where `state.rng` is None and the model has
-      quantized layers, unless its attribute `quantization` says that nothing
-      is rounded stochastically.
+    ValueError: from `train_step`, with `state.rng` None and quantized layers,
+      unless the model's attribute `quantization` rounds all to nearest.
   """
   # A model that does not say how it quantizes may round stochastically.
   quantization = getattr(model, "quantization", None)
