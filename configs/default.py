@@ -50,7 +50,8 @@ def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
 def _precision(method: str) -> ml_collections.ConfigDict:
   precision = ml_collections.ConfigDict()
   # float: the plain model. static<b>, such as static8: b-bit weights and
-  # activations in every layer. dpc: Eq. 1 between b_min and b_max.
+  # activations in every quantized layer (all convolutions; the classifier
+  # stays in float). dpc: Eq. 1 between b_min and b_max.
   precision.method = method
   precision.b_min = 3
   precision.b_max = 8  # also the width that savings are relative to

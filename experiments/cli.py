@@ -73,7 +73,7 @@ def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
     return _fail(str(error), 1)
   except KeyboardInterrupt:
     return _fail(
-      "interrupted; the same command goes on from its last save", 130
+      "interrupted; the same command goes on from the last save, if any", 130
     )
 
 

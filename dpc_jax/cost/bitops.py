@@ -92,17 +92,21 @@ class Bitops(NamedTuple):
 
 def bitops(
   costs: Mapping[str, LayerCost],
-  bits: Mapping[str, int | grids.LayerBits] | None,
+  bits: int | grids.LayerBits | Mapping[str, int | grids.LayerBits] | None,
   *,
   samples: int = 1,
 ) -> Bitops:
-  """BitOPs of one training step per sample, by the formula above.
+  """BitOPs of one training step per sample.
+
+  For a layer with M multiply-accumulates and widths w, a, g: forward M*w*a,
+  input gradient M*g*w, weight gradient M*g*a (CPT's convention).
 
   Args:
     costs: {path: LayerCost}, as `layer_costs` gives them.
-    bits: {path: widths}; an int b means (b, b, 8), 32 is float, and stacked
-      layers may have widths of shape (layers,). A path of `costs` that is
-      absent counts as float and is named in the result; None is all float.
+    bits: {path: widths}, or widths for every path of `costs`; an int b means
+      (b, b, 8), 32 is float, and stacked layers may have widths of shape
+      (layers,). A path of `costs` that is absent counts as float and is named
+      in the result; None is all float.
     samples: multiplies everything, such as steps * batch size.
 
   Returns:
@@ -113,6 +117,8 @@ def bitops(
       and 32, or widths that do not fit the stacked layers.
   """
   bits = {} if bits is None else bits
+  if not isinstance(bits, Mapping):
+    bits = dict.fromkeys(costs, bits)
   _check_paths(costs, bits, "bits")
   layers = {}
   for path, cost in costs.items():

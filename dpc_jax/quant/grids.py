@@ -1,19 +1,11 @@
 """Uniform quantization grids: range -> scale -> codes -> values.
 
-A grid of width b has the integer codes
-
-    affine     0 .. 2^b - 1                    value = code * s + lo
-    symmetric  -(2^(b-1) - 1) .. 2^(b-1) - 1   value = code * s
-
-and the step
-
-    affine     s = max((hi - lo) / (2^b - 1), floor)
-    symmetric  s = max(max(|lo|, |hi|) / (2^(b-1) - 1), floor)
-
-where [lo, hi] is the range of the tensor or of each channel. The affine grid
-with nearest-even rounding is that of CPT (Fu et al., ICLR 2021), so that
-numbers compare. Widths are 2..16; 32 stands for "not quantized" and gives the
-input bit for bit. A width may be traced: it is data, and changing it compiles
+A grid of width b has integer codes: 0 .. 2^b - 1 (affine), or
+-(2^(b-1) - 1) .. 2^(b-1) - 1 (symmetric), over the range of the tensor or of
+each channel; `fake_quantize` has the formulas. The affine grid with
+nearest-even rounding is that of CPT (Fu et al., ICLR 2021), so that numbers
+compare. Widths are 2..16; 32 stands for "not quantized" and gives the input
+bit for bit. A width may be traced: it is data, and changing it compiles
 nothing anew.
 """
 
@@ -120,7 +112,8 @@ class Grid:
   """The kind of grid of one operand; static and hashable.
 
   Attributes:
-    kind: "affine" or "symmetric".
+    kind: "affine", from the smallest to the largest value, or "symmetric"
+      about 0 (formulas: `fake_quantize`).
     granularity: "tensor", one range, or "channel", one range per output
       channel of a kernel (per feature of an activation or gradient).
     rounding: "nearest" (ties to even) or "stochastic" (unbiased).
@@ -338,9 +331,16 @@ def fake_quantize(
   limits: Range | None = None,
   floor: float | None = STEP_FLOOR,
 ) -> jax.Array:
-  """Rounds `x` to a grid of 2^bits levels, with a straight-through gradient.
+  """Rounds `x` to a uniform grid, with a straight-through gradient.
 
-  The grid is that of this module's docstring over the range of `x`. The
+  With lo and hi the smallest and largest value of `x` (or of a channel):
+
+      affine     s = (hi - lo) / (2^bits - 1)         2^bits levels
+                 round((x - lo) / s) * s + lo
+      symmetric  s = max|x| / (2^(bits-1) - 1)        2^bits - 1 levels
+                 round(x / s) * s
+
+  where s is at least `floor`, and round is nearest-even or stochastic. The
   derivative with respect to `x` is the identity, without a clip mask; `bits`,
   `key` and `limits` get none.
 
@@ -355,7 +355,8 @@ def fake_quantize(
       their output channels.
     key: PRNG key, required for stochastic rounding.
     limits: range of the grid; None takes that of `x`.
-    floor: smallest step; None is the rule for gradients (see `encode`).
+    floor: smallest step; None takes any positive step, and 1 for an empty
+      range: the rule for gradients.
 
   Returns:
     The values, in x's shape and dtype.

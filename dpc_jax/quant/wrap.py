@@ -45,8 +45,8 @@ def quantize(
     name: `apply(variables, "encode", x, method="run")`.
 
   Raises:
-    ValueError: at once, a pattern that is no regular expression, or a module
-      that this function returned; in `init`, a
+    ValueError: at once, what is no Linen module or was returned by this
+      function, or a pattern that is no regular expression; in `init`, a
       pattern that matches no layer, or a `nn.scan` / `nn.vmap` in the model
       that does not carry the two collections; in `apply`, one that does not
       name the RNG stream `quant` in `split_rngs`. One that names it False
@@ -57,6 +57,10 @@ def quantize(
     UserWarning: in `init`, once, listing layers with a kernel of a kind that
       it cannot quantize (`nn.ConvTranspose`, for instance).
   """
+  if not isinstance(module, nn.Module):
+    raise ValueError(
+      f"module = {module!r}: pass an instance of a Flax Linen module"
+    )
   if isinstance(module, Quantized):
     raise ValueError(
       "module is quantized already: pass its own `module`, and patterns for all"

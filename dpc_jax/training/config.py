@@ -12,7 +12,7 @@ import ml_collections
 
 from dpc_jax.policy import dpc
 
-METHODS = ("float", "static<b>, such as static8", "dpc")
+METHODS = ("float", "dpc", "static<b> (static8, for instance)")
 OPTIMIZERS = ("sgd", "adamw")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine", "steps")
 MATMUL_PRECISIONS = (None, "default", "high", "highest")

@@ -318,7 +318,8 @@ class _Run:
     b_max = self.parts.config.precision.b_max
     self.progress.note(
       f"done: test accuracy {summary['test_accuracy']:.4f},"
-      f" {summary['gbitops']:,.0f} GBitOPs ({cost:.1%} of static{b_max}),"
+      f" {summary['gbitops']:,.0f} GBitOPs ({metrics_lib.ratio(cost)}"
+      f" of static{b_max}),"
       f" {summary['seconds']:.0f} s"
     )
     return summary

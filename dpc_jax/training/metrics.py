@@ -156,7 +156,7 @@ class Progress:
       f"  epoch {values['epoch']:.1f}  loss {values['loss']:.3f}"
       f"  accuracy {values['accuracy']:.3f}"
       f"  bits {values['mean_bits']:.2f}"
-      f"  cost {values['relative_cost']:.1%}"
+      f"  cost {ratio(values['relative_cost'])}"
       f"  {rate:,.0f} images/s  ETA {_clock(left)}"
     )
     if not self._live:
@@ -178,6 +178,11 @@ class Progress:
     if self._width:
       print(flush=True)
       self._width = 0
+
+
+def ratio(cost: float) -> str:
+  """A cost relative to static B_max: 0.7 -> "70.0%", 16 -> "16.0x"."""
+  return f"{cost:.1%}" if cost < 2 else f"{cost:.1f}x"
 
 
 def _clock(seconds: float) -> str:

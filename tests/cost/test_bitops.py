@@ -334,3 +334,10 @@ def test_run_guards_name_the_value():
   for other in ({}, {**bits, "b": bits["a"]}):
     with pytest.raises(ValueError, match=r"layer '[ab]' is not in both"):
       bitops.accumulate(state, other)
+
+
+def test_one_width_for_all_layers():
+  costs = _costs()
+  each = bitops.bitops(costs, dict.fromkeys(costs, 4))
+  assert bitops.bitops(costs, 4) == each
+  assert bitops.bitops(costs, grids.LayerBits(4, 4, 8)) == each

@@ -315,3 +315,9 @@ def test_a_shared_layer_counts_its_calls():
     for name in ("shared", "head")
   }
   assert counts == {"shared": 2, "head": 1}
+
+
+@pytest.mark.parametrize("module", [nn.Dense, object()])
+def test_only_linen_instances(module):
+  with pytest.raises(ValueError, match="pass an instance of a Flax Linen"):
+    wrap.quantize(module)
