@@ -11,16 +11,10 @@ figures, fix the choices first and add --config.data.holdout=0.
 
 import ml_collections
 
-from configs import default
+from configs import cifar10_resnet20
 
 
 def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
-  config = default.get_config(method)
-  config.steps = 64_000
-  config.batch_size = 128
-  config.data.name = "cifar10"
-  config.data.holdout = 5_000
+  config = cifar10_resnet20.get_config(method)
   config.model.name = "resnet74"
-  config.optimizer.learning_rate = 0.1
-  config.optimizer.schedule = "steps"
   return config
