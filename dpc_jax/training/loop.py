@@ -84,6 +84,7 @@ class _Run:
     host = self._restore()
     self.sums = metrics_lib.Sums(**host["sums"])
     self.compile_seconds = host["compile_seconds"] + self.programs.seconds
+    # The compiled step cannot be traced again: one for each start of the run.
     self.compile_count = host["compile_count"] + self.programs.traces[0]
     self.batches = pipeline.TrainBatches(
       parts.data.splits["train"],
