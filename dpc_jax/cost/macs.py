@@ -16,8 +16,8 @@ everything else that is no product.
 The path of a product is that of the module which computes it, '' at the root:
 
 *   a module that owns a `kernel`, or an `embedding` (`nn.Embed.attend`), or
-    widths in the collection `precision` is a layer: its own path. Calls of one
-    layer with the same weights are summed;
+    widths in the collection `precision`, or a `QuantProduct`, is a layer: its
+    own path. Calls of one layer with the same weights are summed;
 *   the two products of a module without these, of a class with "attention" in
     its name: '<path>/qk' and '<path>/av';
 *   other products of a module without these: '<path>/product0', ... in the
@@ -290,7 +290,8 @@ def _names(
   names = []
   for product, position in zip(products, positions, strict=True):
     module = modules[product.path]
-    if module.weights or module.widths:
+    # In a float model it has no widths, but the name that it has elsewhere.
+    if module.weights or module.widths or module.kind == "QuantProduct":
       names.append(product.path)
       continue
     name = f"product{position}"

@@ -16,8 +16,9 @@ def layer_capacities(variables: Mapping[str, Any]) -> dict[str, Any]:
   A layer is a dict in the collection `precision` that holds the leaves
   `weights`, `activations` and `gradients`; its path is the '/'-joined module
   path, '' for a layer at the root. N_k is the size of its `kernel` in
-  `params`: no bias, no normalization (our decision). Without the collection
-  (a float model) every leaf named `kernel` is a layer.
+  `params`: no bias, no normalization (our decision). A layer without any
+  parameter, as the product of two activations is, has N_k = 0. Without the
+  collection (a float model) every leaf named `kernel` is a layer.
 
   A layer stacked by `nn.scan` holds widths of shape (layers,). It gives an
   array of that shape, so that it counts once per stacked layer in a median or
@@ -32,8 +33,8 @@ def layer_capacities(variables: Mapping[str, Any]) -> dict[str, Any]:
     {path: N_k}, N_k an int, or an int64 array of shape (layers,).
 
   Raises:
-    ValueError: there is no collection `params`, or a layer has no kernel, or
-      its kernel does not divide into its stacked layers.
+    ValueError: there is no collection `params`, or a layer has parameters but
+      no kernel, or its kernel does not divide into its stacked layers.
   """
   if "params" not in variables:
     raise ValueError(
@@ -60,12 +61,12 @@ def _capacity(path: str, stack: tuple[int, ...], params: Mapping) -> Any:
   node = params
   for name in path.split("/") if path else ():
     node = node.get(name, {}) if isinstance(node, Mapping) else {}
-  if not (isinstance(node, Mapping) and _is_leaf(node, "kernel")):
+  if node and not (isinstance(node, Mapping) and _is_leaf(node, "kernel")):
     raise ValueError(
-      f"layer {path!r} has widths but no 'kernel' in params; "
+      f"layer {path!r} has widths and parameters but no 'kernel' in params; "
       "pass variables of one model"
     )
-  size = _shape_size(node["kernel"])[1]
+  size = _shape_size(node["kernel"])[1] if node else 0
   if not stack:
     return size
   if size % math.prod(stack):

@@ -46,10 +46,12 @@ def dpc_bit_widths(
 
   Layers with more weights get fewer bits. Computed in float64 on the host; the
   argument of ceil is rounded to 6 decimals first, and the result is clipped to
-  [b_min, b_max] last. If all layers are equal (r = 1) the log term is 0.
+  [b_min, b_max] last. If all layers are equal (r = 1) the log term is 0. A
+  layer without weights (N_k = 0: a product of two activations) gets b_max, and
+  is left out of N_max, N_min and N~: our decision.
 
   Args:
-    capacities: any pytree or mapping of counts N_k >= 1; a leaf is an int, or
+    capacities: any pytree or mapping of counts N_k >= 0; a leaf is an int, or
       an integer array of the counts of stacked layers, each of which counts.
     b_min: smallest width, 2..16.
     b_max: largest width, b_min..16.
@@ -65,25 +67,24 @@ def dpc_bit_widths(
 
   Raises:
     ValueError: naming the value, for bounds that are no ints in 2..16 or
-      b_min > b_max; no counts; a count that is no integer in 1..2^63 - 1;
-      delta outside [-1, 1]; an unknown center or log_form.
+      b_min > b_max; no count but 0; one that is no integer in 0..2^63 - 1; 0
+      beside others in an array; delta outside [-1, 1]; an unknown center, form.
   """
   check_arguments(b_min, b_max, delta, center, log_form)
   leaves, treedef = _flatten(capacities)
   arrays = [_counts(name, leaf) for name, leaf in leaves]
-  if not any(array.size for array in arrays):
-    raise ValueError(
-      f"capacities: no layer in {capacities!r}; pass at least one count"
-    )
+  _check_any(leaves, arrays, capacities)
   counts = np.concatenate([array.ravel() for array in arrays])
-  log = _log_term(counts, center, log_form)
+  weighted = counts > 0
+  log = _log_term(counts[weighted], center, log_form)
   exact = (b_max + b_min) / 2 - float(delta) / 2 * (b_max - b_min) * log
-  bits = np.clip(np.ceil(np.round(exact, _DECIMALS)), b_min, b_max)
+  bits = np.full(counts.shape, b_max, np.int64)
+  bits[weighted] = np.clip(np.ceil(np.round(exact, _DECIMALS)), b_min, b_max)
   ends = np.cumsum([array.size for array in arrays])[:-1]
   widths = [
     part.reshape(array.shape) if _is_array(leaf) else int(part[0])
     for part, array, (_, leaf) in zip(
-      np.split(bits.astype(np.int64), ends), arrays, leaves, strict=True
+      np.split(bits, ends), arrays, leaves, strict=True
     )
   ]
   return _in_order(jax.tree.unflatten(treedef, widths), capacities)
@@ -168,14 +169,34 @@ def _counts(name: str, leaf: Any) -> np.ndarray:
     values = np.asarray(int(leaf), object)
   else:
     raise ValueError(
-      f"capacities{name}={leaf!r} is not a count; use an integer >= 1"
+      f"capacities{name}={leaf!r} is not a count; use an integer >= 0"
     )
-  wrong = [v for v in values.ravel().tolist() if not 1 <= v <= _MAX_COUNT]
+  # Stacked layers are equal: a 0 among weights is a mistake.
+  least = 1 if np.any(values != 0) else 0
+  wrong = [v for v in values.ravel().tolist() if not least <= v <= _MAX_COUNT]
   if wrong:
     raise ValueError(
-      f"capacities{name}={wrong[0]} is not a count; use 1..2^63 - 1 weights"
+      f"capacities{name}={wrong[0]} is not a count; use {least}..2^63 - 1 "
+      "weights"
     )
   return values.astype(np.float64)
+
+
+def _check_any(
+  leaves: list[tuple[str, Any]], arrays: list[np.ndarray], capacities: Any
+) -> None:
+  """Raises ValueError where no layer has weights."""
+  if any(array.any() for array in arrays):
+    return
+  for (name, _), array in zip(leaves, arrays, strict=True):
+    if array.size:
+      raise ValueError(
+        f"capacities{name}=0, and no other layer has weights; pass at least"
+        " one count >= 1"
+      )
+  raise ValueError(
+    f"capacities: no layer in {capacities!r}; pass at least one count"
+  )
 
 
 def _is_integer(value: Any) -> bool:

@@ -105,6 +105,8 @@ def dpc(
 ) -> Schedule:
   """Decreasing Precision with layer Capacity: B_k of Eq. 1, never changing.
 
+  A layer without weights (a product of two activations) has B_k = b_max.
+
   Args:
     b_min: smallest width, 2..16.
     b_max: largest width, b_min..16.

@@ -134,21 +134,20 @@ def call_product(
   kwargs: dict[str, Any],
 ) -> jax.Array:
   """Calls a product of `ops` with the widths, range and key of `module`."""
-  bits = _bits(module, quantization)
-  limits = None
+  bits = layer_widths(module, quantization)
+  running = None
   if quantization.activations is not None:
-    limits = _limits(module, x, quantization.activations)
-  key = None
-  if quantization.is_stochastic and module.has_rng("quant"):
-    key = module.make_rng("quant")
+    batch = {"": ops.operand_range(x, quantization.activations)}
+    running = running_ranges(module, batch)
   return product(
     x,
     kernel,
     *args,
     bits=bits,
     quantization=quantization,
-    limits=limits,
-    key=key,
+    # The product finds the range of the batch by itself.
+    limits=None if running is None else running[""],
+    key=noise_key(module, quantization),
     **kwargs,
   )
 
@@ -172,7 +171,16 @@ def _variable(module, collection, name, shape, value, dtype):
   return module.variable(collection, name, jnp.full, shape, value, dtype)
 
 
-def _bits(module, quantization) -> grids.LayerBits:
+def layer_widths(
+  module: nn.Module, quantization: grids.Quantization
+) -> grids.LayerBits:
+  """The module's widths, int32 () each, out of the collection `precision`.
+
+  Initially 8, and 32 for an operand without a grid.
+
+  Raises:
+    ValueError: `apply` without the collection.
+  """
   return grids.LayerBits(
     *(
       _variable(
@@ -190,28 +198,63 @@ def _bits(module, quantization) -> grids.LayerBits:
   )
 
 
-def _limits(module, x, grid) -> grids.Range | None:
-  """Range of the activation grid, None for that of the batch itself.
+def running_ranges(
+  module: nn.Module, batch: dict[str, grids.Range]
+) -> dict[str, grids.Range] | None:
+  """Ranges that serve in place of the batch's own, one for each operand.
 
-  Updates the running range in training.
+  Where `quant_stats` is mutable (training), updates the running ranges and
+  returns None: the batch's own serve. `init` does not count its batch.
+
+  Args:
+    module: a bound module, inside its compact call.
+    batch: {prefix: range of this batch}, prefix "" for the first operand; the
+      running range is in the variables `<prefix>lo` and `<prefix>hi`, and
+      `count` is that of all operands.
+
+  Returns:
+    In evaluation, the running ranges, or those of `batch` while no batch was
+    counted; in training None.
+
+  Raises:
+    ValueError: `apply` without the collection.
   """
-  batch = ops.activation_range(x, grid)
-  running = [
-    _variable(module, "quant_stats", name, batch.lo.shape, 0, jnp.float32)
-    for name in grids.Range._fields
-  ]
+  running = {
+    prefix: grids.Range(
+      *(
+        _variable(
+          module, "quant_stats", prefix + field, own.lo.shape, 0, jnp.float32
+        )
+        for field in grids.Range._fields
+      )
+    )
+    for prefix, own in batch.items()
+  }
   count = _variable(module, "quant_stats", "count", (), 0, jnp.int32)
   is_first = count.value == 0
   if not module.is_mutable_collection("quant_stats"):
-    return grids.Range(
-      *(
-        jnp.where(is_first, new, old.value)
-        for old, new in zip(running, batch, strict=True)
+    return {
+      prefix: grids.Range(
+        *(
+          jnp.where(is_first, new, old.value)
+          for old, new in zip(running[prefix], own, strict=True)
+        )
       )
-    )
+      for prefix, own in batch.items()
+    }
   if not module.is_initializing():
-    for old, new in zip(running, batch, strict=True):
-      average = RANGE_DECAY * old.value + (1 - RANGE_DECAY) * new
-      old.value = jnp.where(is_first, new, average)
+    for prefix, own in batch.items():
+      for old, new in zip(running[prefix], own, strict=True):
+        average = RANGE_DECAY * old.value + (1 - RANGE_DECAY) * new
+        old.value = jnp.where(is_first, new, average)
     count.value = count.value + 1
+  return None
+
+
+def noise_key(
+  module: nn.Module, quantization: grids.Quantization
+) -> jax.Array | None:
+  """Key of stochastic rounding; None where nothing is, or without a stream."""
+  if quantization.is_stochastic and module.has_rng("quant"):
+    return module.make_rng("quant")
   return None

@@ -42,6 +42,7 @@ def dot_general(
   bits: grids.LayerBits,
   quantization: grids.Quantization,
   limits: grids.Range | None = None,
+  rhs_limits: grids.Range | None = None,
   key: jax.Array | None = None,
   precision: lax.PrecisionLike = None,
   preferred_element_type: Any = None,
@@ -56,6 +57,7 @@ def dot_general(
     quantization: the three grids.
     limits: range of the grid of `lhs`; None takes its own. Where the own range
       is not finite, the result is NaN in any case.
+    rhs_limits: likewise for `rhs`: a running range, where it is no kernel.
     key: PRNG key of stochastic rounding; None rounds to nearest.
     precision: as in `lax.dot_general`.
     preferred_element_type: as in `lax.dot_general`.
@@ -80,7 +82,7 @@ def dot_general(
     weight_axes=kept,
     gradient_axes=tuple(range(-free, 0)),
   )
-  return _quantized_product(spec, lhs, rhs, bits, limits, key)
+  return _quantized_product(spec, lhs, rhs, bits, (limits, rhs_limits), key)
 
 
 def conv_general_dilated(
@@ -92,6 +94,7 @@ def conv_general_dilated(
   bits: grids.LayerBits,
   quantization: grids.Quantization,
   limits: grids.Range | None = None,
+  rhs_limits: grids.Range | None = None,
   key: jax.Array | None = None,
   dimension_numbers: Any = None,
   **kwargs: Any,
@@ -120,7 +123,7 @@ def conv_general_dilated(
     weight_axes=(numbers.rhs_spec[0],),
     gradient_axes=(numbers.out_spec[1],),
   )
-  return _quantized_product(spec, lhs, rhs, bits, limits, key)
+  return _quantized_product(spec, lhs, rhs, bits, (limits, rhs_limits), key)
 
 
 def einsum(
@@ -131,6 +134,7 @@ def einsum(
   bits: grids.LayerBits,
   quantization: grids.Quantization,
   limits: grids.Range | None = None,
+  rhs_limits: grids.Range | None = None,
   key: jax.Array | None = None,
   **kwargs: Any,
 ) -> jax.Array:
@@ -156,7 +160,7 @@ def einsum(
     weight_axes=kept,
     gradient_axes=free,
   )
-  return _quantized_product(spec, lhs, rhs, bits, limits, key)
+  return _quantized_product(spec, lhs, rhs, bits, (limits, rhs_limits), key)
 
 
 def _quantized_product(spec, x, w, bits, limits, key):
@@ -167,18 +171,27 @@ def _quantized_product(spec, x, w, bits, limits, key):
     has_grid = getattr(quantization, name) is not None
     if widest is not None and has_grid and name != "gradients":
       check_storage(width, widest, name)
-  if quantization.activations is not None:
-    own = activation_range(x, quantization.activations, spec.activation_axes)
-    limits = own if limits is None else grids.guarded(limits, own)
+  limits = (
+    _span(x, quantization.activations, spec.activation_axes, limits[0]),
+    _span(w, quantization.weights, spec.weight_axes, limits[1]),
+  )
   bits = grids.LayerBits(*(jnp.asarray(b, jnp.int32) for b in bits))
   return _product(spec, x, w, bits, limits, key)
 
 
-def activation_range(
+def operand_range(
   x: jax.Array, grid: grids.Grid, axes: tuple[int, ...] = (-1,)
 ) -> grids.Range:
-  """Range of a product's first operand; its channels are `axes`."""
+  """Range of an operand, without gradient; its channels are `axes`."""
   return grids.value_range(lax.stop_gradient(x), grids.channel_axes(grid, axes))
+
+
+def _span(x, grid, axes, limits):
+  """The range that an operand's grid spans, None without a grid."""
+  if grid is None:
+    return None
+  own = operand_range(x, grid, axes)
+  return own if limits is None else grids.guarded(limits, own)
 
 
 def check_storage(width: Any, storage_bits: int, name: str) -> None:
@@ -199,15 +212,18 @@ def _product(spec, x, w, bits, limits, key):
 
 def _forward(spec, x, w, bits, limits, key):
   quantization = spec.quantization
+  x_limits, w_limits = limits
   qx = _quantize(
-    x, bits.activations, quantization.activations, limits, key, 1, quantization
+    x,
+    bits.activations,
+    quantization.activations,
+    x_limits,
+    key,
+    1,
+    quantization,
   )
-  weight_limits = None
-  if quantization.weights is not None:
-    axes = grids.channel_axes(quantization.weights, spec.weight_axes)
-    weight_limits = grids.value_range(w, axes)
   qw = _quantize(
-    w, bits.weights, quantization.weights, weight_limits, key, 2, quantization
+    w, bits.weights, quantization.weights, w_limits, key, 2, quantization
   )
   y = spec.product(_values(qx, spec.dtypes[0]), _values(qw, spec.dtypes[1]))
   return y, (qx, qw, bits.gradients, key)

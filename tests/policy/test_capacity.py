@@ -98,9 +98,30 @@ def test_a_module_named_like_an_operand_is_no_layer():
 
 
 def test_a_layer_without_a_kernel_is_named():
-  variables = {"params": {"a": {}}, "precision": {"a": {"b": _precision()}}}
-  with pytest.raises(ValueError, match="'a/b' has widths but no 'kernel'"):
+  params = {"a": {"b": {"bias": _width(3)}}}
+  variables = {"params": params, "precision": {"a": {"b": _precision()}}}
+  match = "'a/b' has widths and parameters but no 'kernel'"
+  with pytest.raises(ValueError, match=match):
     capacity.layer_capacities(variables)
+
+
+def test_a_product_without_parameters_has_no_weights():
+  params = {"a": {"dense": _layer(4, 6)}, "blocks": {"dense": _layer(5, 2, 3)}}
+  variables = {
+    "params": params,
+    "precision": {
+      "a": {"dense": _precision(), "qk": _precision()},
+      "blocks": {"dense": _precision(5), "qk": _precision(5)},
+      "alone": _precision(),
+    },
+  }
+  found = capacity.layer_capacities(variables)
+  stacked = found.pop("blocks/qk")
+  assert stacked.dtype == np.int64
+  np.testing.assert_array_equal(stacked, np.zeros(5))
+  np.testing.assert_array_equal(found.pop("blocks/dense"), [6] * 5)
+  assert found == {"a/dense": 24, "a/qk": 0, "alone": 0}
+  assert type(found["a/qk"]) is int
 
 
 def test_widths_that_do_not_divide_the_kernel_are_refused():

@@ -141,6 +141,31 @@ def test_negative_delta_reverses(counts, bounds, center):
 
 
 @_settings
+@hypothesis.given(
+  _counts,
+  _bounds,
+  _centers,
+  st.floats(-1, 1),
+  st.sampled_from(dpc.LOG_FORMS),
+  st.integers(1, 5),
+)
+def test_layers_without_weights_get_b_max_and_move_no_other(
+  counts, bounds, center, delta, log_form, products
+):
+  options = {"center": center, "delta": delta, "log_form": log_form}
+  layers = {f"layer{i}": n for i, n in enumerate(counts)}
+  bits = dpc.dpc_bit_widths(layers, *bounds, **options)
+  stacked = np.zeros(products, np.int64)
+  zeros = {"a": 0, "stack": stacked} | {f"z{i}": 0 for i in range(products)}
+  more = dpc.dpc_bit_widths(zeros | layers, *bounds, **options)
+  assert {path: more[path] for path in layers} == bits
+  np.testing.assert_array_equal(more["stack"], [bounds[1]] * products)
+  assert more["stack"].dtype == np.int64
+  for path in zeros.keys() - {"stack"}:
+    assert type(more[path]) is int and more[path] == bounds[1]
+
+
+@_settings
 @hypothesis.given(_counts, _bounds, _centers, _deltas, st.integers(1, 10**6))
 def test_scale_free(counts, bounds, center, delta, factor):
   options = {"center": center, "delta": delta}
@@ -222,6 +247,8 @@ def test_large_counts_do_not_overflow():
     ({"capacities": {}}, "no layer in {}"),
     ({"capacities": [np.zeros(0, int)]}, "no layer in"),
     ({"capacities": {"a": {"b": 0}}}, r"capacities\['a'\]\['b'\]=0"),
+    ({"capacities": {"a": 0, "b": np.zeros(2, int)}}, r"\['a'\]=0, and no oth"),
+    ({"capacities": {"a": 5, "b": np.array([0, 3])}}, r"\['b'\]=0 .* 1\.\."),
     ({"capacities": {"a": -5}}, r"\['a'\]=-5"),
     ({"capacities": {"a": 2.5}}, r"\['a'\]=2\.5"),
     ({"capacities": {"a": 2.0}}, r"\['a'\]=2\.0"),

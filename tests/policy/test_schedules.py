@@ -150,6 +150,22 @@ def test_layers_are_checked_in_init(bits, message):
     schedules.constant(bits).init(CAPACITIES)
 
 
+def test_dpc_gives_b_max_to_products_and_no_part_in_the_center():
+  products = {"qk": 0, "blocks/qk": np.zeros(3, np.int64)}
+  init = schedules.dpc(3, 8).init
+  bits = _ints(init(CAPACITIES | products).bits)
+  assert bits.pop("qk") == (8, 8, 8)
+  assert bits.pop("blocks/qk") == ([8] * 3, [8] * 3, [8] * 3)
+  assert bits == _ints(init(CAPACITIES).bits)
+  for operand, width in (("weights", 5), ("activations", 32), ("gradients", 6)):
+    bits = schedules.dpc(3, 8, **{operand: width}).init(CAPACITIES | products)
+    for path in products:
+      got = np.unique(getattr(bits.bits[path], operand))
+      assert got.tolist() == [width]
+  with pytest.raises(ValueError, match=r"\['qk'\]=0, and no other"):
+    init({"qk": 0})
+
+
 def test_dpc_refuses_a_model_without_layers():
   with pytest.raises(ValueError, match="no layer"):
     schedules.dpc(3, 8).init({})

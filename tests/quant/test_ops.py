@@ -301,6 +301,31 @@ def test_limits_serve_instead_of_the_own_range():
     assert np.all(np.isnan(product(x.at[0, 0, 0].set(bad))))
 
 
+@pytest.mark.parametrize("name", ["dense", "einsum", "conv"])
+def test_limits_of_the_second_operand(name):
+  case = products.CASES[name]
+  x, w, _ = products.arrays(case)
+  limits = grids.Range(jnp.float32(-0.3), jnp.float32(0.4))
+
+  @jax.jit
+  def product(w):
+    return case.quantized(
+      x,
+      w,
+      bits=products.widths(3, 32),
+      quantization=products.NEAREST,
+      rhs_limits=limits,
+    )
+
+  step = 0.7 / 7
+  on_grid = np.rint((np.clip(w, -0.3, 0.4) + 0.3) / step) * step - 0.3
+  want = case.plain(x, jnp.asarray(on_grid, jnp.float32))
+  assert products.relative_error(product(w), want) < 2e-6
+  # Per channel, as the weights' grid of NEAREST: one bad value, its channel.
+  bad = product(w.at[(0,) * w.ndim].set(np.nan))
+  assert 0 < np.mean(np.isnan(bad)) < 1
+
+
 def test_channels_are_those_that_the_dimension_numbers_name():
   case = products.CASES["conv"]
   x, w, g = products.arrays(case)
