@@ -3,12 +3,14 @@
 from dpc_jax import models
 from dpc_jax.cost.bitops import bitops
 from dpc_jax.cost.macs import layer_costs
+from dpc_jax.models.lstm import QuantLSTMCell
 from dpc_jax.policy import schedules
 from dpc_jax.policy.capacity import layer_capacities
 from dpc_jax.policy.dpc import dpc_bit_widths
 from dpc_jax.quant.grids import Grid, LayerBits, Quantization, fake_quantize
 from dpc_jax.quant.layers import QuantConv, QuantDense
 from dpc_jax.quant.precision import assign_bits, layer_bits
+from dpc_jax.quant.products import QuantProduct
 from dpc_jax.quant.wrap import quantize
 
 __version__ = "0.1.0"
@@ -18,6 +20,8 @@ __all__ = [
   "LayerBits",
   "QuantConv",
   "QuantDense",
+  "QuantLSTMCell",
+  "QuantProduct",
   "Quantization",
   "assign_bits",
   "bitops",

@@ -7,15 +7,54 @@ from typing import Any
 
 import flax.linen as nn
 
-from dpc_jax.models import resnet
+from dpc_jax.models import (
+  lstm,
+  mobilenet_v2,
+  resnet,
+  resnet_imagenet,
+  transformer,
+  vit,
+  wide_resnet,
+)
 from dpc_jax.quant import grids
 
 DEFAULT_QUANTIZATION = grids.Quantization()
 
+# Names of the models that read tokens, not images.
+LANGUAGE_MODELS = ("lstm_lm", "transformer_lm")
+
 _CONSTRUCTORS: dict[str, Callable[..., nn.Module]] = {
-  f"resnet{6 * n + 2}": functools.partial(resnet.ResNet, blocks=n)
-  for n in (1, 2, 3, 5, 6, 7, 9, 12, 18)
+  **{
+    f"resnet{6 * n + 2}": functools.partial(resnet.ResNet, blocks=n)
+    for n in (1, 2, 3, 5, 6, 7, 9, 12, 18)
+  },
+  "wide_resnet38": functools.partial(wide_resnet.wide_resnet, blocks=6),
+  **{
+    f"resnet{depth}_imagenet": functools.partial(
+      resnet_imagenet.ResNetImageNet, blocks=blocks, bottleneck=bottleneck
+    )
+    for depth, blocks, bottleneck in (
+      (18, (2, 2, 2, 2), False),
+      (34, (3, 4, 6, 3), False),
+      (50, (3, 4, 6, 3), True),
+    )
+  },
+  "mobilenet_v2": mobilenet_v2.mobilenet_v2,
+  "mobilenet_v2_imagenet": mobilenet_v2.mobilenet_v2_imagenet,
+  "vit_tiny": vit.vit_tiny,
+  "vit_small": vit.vit_small,
+  "vit_tiny_imagenet": vit.vit_tiny_imagenet,
+  "vit_small_imagenet": vit.vit_small_imagenet,
+  "lstm_lm": lstm.LSTMLM,
+  "transformer_lm": transformer.TransformerLM,
 }
+# Sizes that may be 0.
+_RATES = (
+  "dropout",
+  "attention_dropout",
+  "activation_dropout",
+  "tail_dropout",
+)
 
 
 def names() -> tuple[str, ...]:
@@ -37,19 +76,24 @@ def create(
     num_classes: number of classes.
     quantization: the grids; None is the plain float model with the same
       parameters, layer for layer.
-    **sizes: further attributes of the model, such as `width`.
+    **sizes: further attributes of the model, such as `width`; a list is taken
+      as a tuple.
 
   Raises:
-    ValueError: an unknown name, a number of classes below 1, or an unknown
-      size.
+    ValueError: an unknown name or size, a size below 1, or one that the
+      model's name sets.
   """
+  constructor = _constructor(name)
+  # Modules are hashed.
+  sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
   for field, value in {"num_classes": num_classes, **sizes}.items():
-    if isinstance(value, int) and value < 1:
+    is_size = isinstance(value, int) and not isinstance(value, bool)
+    if is_size and value < 1 and field not in _RATES:
       raise ValueError(f"{field} = {value}: must be at least 1")
-  if "blocks" in sizes:
-    raise ValueError("blocks: the model's name sets the depth")
+    if field in getattr(constructor, "keywords", ()):
+      raise ValueError(f"{field}: the model's name sets it; leave it out")
   try:
-    return _constructor(name)(
+    return constructor(
       num_classes=num_classes, quantization=quantization, **sizes
     )
   except TypeError as error:

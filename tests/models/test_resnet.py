@@ -11,7 +11,9 @@ import pytest
 
 from dpc_jax import models
 from dpc_jax.cost import macs
+from dpc_jax.models import resnet
 from dpc_jax.quant import grids, precision
+from tests.models import checks
 
 PARAMETERS = {
   "resnet20": 272_474,
@@ -242,3 +244,59 @@ def test_a_name_cannot_lie():
     models.create("resnet8", num_classes=10, blocks=3)
   with pytest.raises(ValueError, match="width = 0: must be at least 1"):
     models.create("resnet8", num_classes=10, width=0)
+
+
+# Two blocks: stage 1 is stacked, the others have a single block left.
+DEEPER = checks.image_case(
+  functools.partial(resnet.ResNet, blocks=2, width=4), size=8
+)
+
+
+def test_scanned_is_unrolled():
+  checks.check_scan_is_unroll(DEEPER)
+
+
+def test_each_row_has_its_own_width():
+  checks.check_stacked_widths(DEEPER, "stage1/blocks/conv2")
+
+
+def test_a_scanned_step_at_few_bits_reaches_every_parameter():
+  checks.check_few_bits(DEEPER, scan=True)
+
+
+@pytest.mark.parametrize("name", ["resnet38", "resnet110"])
+def test_scanned_form(name):
+  build = functools.partial(models.create, name, num_classes=10)
+  checks.check_scan_form(build(), build(scan=True), IMAGE)
+
+
+def test_scanned_layers_and_costs():
+  model = models.create("resnet20", num_classes=10, scan=True)
+  variables = shapes(model)
+  bits = precision.layer_bits(variables)
+  assert {path: b.weights.shape for path, b in bits.items()} == {
+    "stem": (),
+    "stage1/blocks/conv1": (3,),
+    "stage1/blocks/conv2": (3,),
+    **{
+      f"stage{stage}/{name}": shape
+      for stage in (2, 3)
+      for name, shape in {
+        "block0/conv1": (),
+        "block0/conv2": (),
+        "block0/shortcut": (),
+        "blocks/conv1": (2,),
+        "blocks/conv2": (2,),
+      }.items()
+    },
+  }
+  total = [
+    sum(cost.macs * cost.layers for cost in macs.layer_costs(m, IMAGE).values())
+    for m in (model, models.create("resnet20", num_classes=10))
+  ]
+  assert total[0] == total[1]
+  assert checks.parameters(model, IMAGE) == PARAMETERS["resnet20"]
+  # Resnet-8 has nothing to stack but stays what it is.
+  unrolled = models.create("resnet8", num_classes=10)
+  scanned = models.create("resnet8", num_classes=10, scan=True)
+  assert checks.form(shapes(unrolled)) == checks.form(shapes(scanned))
