@@ -6,11 +6,12 @@ that a checkpoint has to remember of the input.
 """
 
 import collections.abc
+import typing
 
 import jax
 import numpy as np
 
-from dpc_jax.data import sources
+from dpc_jax.data import prepared, sources
 
 _MAX_SEED = 2**32
 
@@ -54,15 +55,12 @@ class TrainBatches:
       ValueError: an argument outside these ranges.
       ModuleNotFoundError: grain is not installed.
     """
-    self.local_batch_size, self._first_row = _local_rows(
+    self.local_batch_size, self._first_row = local_rows(
       split, batch_size, process_index, process_count
     )
-    if not 0 <= seed < _MAX_SEED:
-      raise ValueError(f"seed={seed} is out of range; use 0..{_MAX_SEED - 1}")
-    grain = sources.require("grain", "training input")
     self.batch_size = batch_size
     self._split = split
-    self._order = grain.MapDataset.range(len(split)).shuffle(seed=seed).repeat()
+    self._order = shuffled(len(split), seed)
 
   def indices(self, step: int) -> np.ndarray:
     """Returns this process's rows of the split at a step, int32 (B/n,).
@@ -75,10 +73,9 @@ class TrainBatches:
     Raises:
       ValueError: a negative step.
     """
-    if step < 0:
-      raise ValueError(f"step={step} is negative; the first step is 0")
     # A Python int: a long run outgrows an int32 step times the batch size.
-    start = int(step) * self.batch_size + self._first_row
+    (step,) = steps(step, int(step) + 1)
+    start = step * self.batch_size + self._first_row
     rows = range(start, start + self.local_batch_size)
     return np.array([self._order[row] for row in rows], np.int32)
 
@@ -99,6 +96,20 @@ class TrainBatches:
       "image": self._split.images[rows],
       "label": self._split.labels[rows],
     }
+
+  def iterate(
+    self, start: int, stop: int
+  ) -> collections.abc.Iterator[dict[str, np.ndarray]]:
+    """Iterates over `batch(step)` of the steps from `start` to `stop` - 1.
+
+    Args:
+      start: the first global step, from 0.
+      stop: the step after the last one, at least `start`.
+
+    Raises:
+      ValueError: at the call, for steps out of range.
+    """
+    return (self.batch(step) for step in steps(start, stop))
 
 
 def eval_batches(
@@ -127,7 +138,7 @@ def eval_batches(
   Raises:
     ValueError: at the call, for an argument outside these ranges.
   """
-  local_size, first_row = _local_rows(
+  local_size, first_row = local_rows(
     split, batch_size, process_index, process_count
   )
   starts = range(first_row, first_row + len(split), batch_size)
@@ -147,13 +158,60 @@ def _padded_rows(
   }
 
 
-def _local_rows(
-  split: sources.Split,
+def shuffled(count: int, seed: int) -> typing.Any:
+  """Returns an endless order of `count` images, another for every epoch.
+
+  Args:
+    count: of the images, at least one.
+    seed: in [0, 2**32).
+
+  Returns:
+    A grain MapDataset: `order[row]` is the image of a row of the run.
+
+  Raises:
+    ValueError: a seed outside this range.
+    ModuleNotFoundError: grain is not installed.
+  """
+  if not 0 <= seed < _MAX_SEED:
+    raise ValueError(f"seed={seed} is out of range; use 0..{_MAX_SEED - 1}")
+  grain = prepared.require("grain", "training input")
+  return grain.MapDataset.range(count).shuffle(seed=seed).repeat()
+
+
+def steps(start: int, stop: int) -> range:
+  """Returns the steps from `start` to `stop` - 1, as Python integers.
+
+  Args:
+    start: the first global step, from 0.
+    stop: the step after the last one, at least `start`.
+
+  Raises:
+    ValueError: steps outside these ranges.
+  """
+  if start < 0:
+    raise ValueError(f"step={start} is negative; the first step is 0")
+  if stop < start:
+    raise ValueError(f"stop={stop} lies before start={start}")
+  return range(int(start), int(stop))
+
+
+def local_rows(
+  split: collections.abc.Sized,
   batch_size: int,
   process_index: int | None,
   process_count: int | None,
 ) -> tuple[int, int]:
-  """Returns the rows per process and the first row of this one."""
+  """Returns the rows per process and the first row of this one.
+
+  Args:
+    split: the images, at least one.
+    batch_size: rows of the global batch, a multiple of `process_count`.
+    process_index: None takes `jax.process_index()`.
+    process_count: None takes `jax.process_count()`.
+
+  Raises:
+    ValueError: an argument outside these ranges.
+  """
   index = jax.process_index() if process_index is None else process_index
   count = jax.process_count() if process_count is None else process_count
   if not len(split):

@@ -44,6 +44,14 @@ def test_batch_depends_on_the_step_alone():
   _assert_equal(resumed.batch(np.int32(7)), in_order[7])
 
 
+def test_iterate_gives_the_batches_from_anywhere():
+  batches = pipeline.TrainBatches(_split(50), batch_size=12, seed=3)
+  for start, stop in ((0, 3), (4, 9), (5, 5), (np.int32(2**31 - 1), 2**31)):
+    stream = batches.iterate(start, stop)
+    for step, batch in zip(range(start, stop), stream, strict=True):
+      _assert_equal(batch, batches.batch(step))
+
+
 @pytest.mark.parametrize(("count", "size"), [(50, 12), (5, 12), (12, 12)])
 def test_every_epoch_is_another_permutation(count, size):
   batches = pipeline.TrainBatches(_split(count), batch_size=size, seed=1)
@@ -154,7 +162,11 @@ def test_bad_seed_is_named(seed):
     pipeline.TrainBatches(_split(9), batch_size=3, seed=seed)
 
 
-def test_negative_step_is_named():
+def test_bad_steps_are_named():
   batches = pipeline.TrainBatches(_split(9), batch_size=3, seed=0)
   with pytest.raises(ValueError, match="step=-1 "):
     batches.batch(-1)
+  with pytest.raises(ValueError, match="step=-1 "):
+    batches.iterate(-1, 3)
+  with pytest.raises(ValueError, match="stop=2 lies before start=3"):
+    batches.iterate(3, 2)

@@ -27,7 +27,7 @@ def _info(count: int, split: str) -> dict:
   }
 
 
-def _features() -> dict:
+def _features(name: str) -> dict:
   base = "tensorflow_datasets.core.features"
   shape = {"dimensions": ["32", "32", "3"]}
   features = {
@@ -36,10 +36,14 @@ def _features() -> dict:
       "pythonClassName": f"{base}.image_feature.Image",
     },
     "label": {
-      "classLabel": {"numClasses": "10"},
+      "classLabel": {"numClasses": name.removeprefix("cifar")},
       "pythonClassName": f"{base}.class_label_feature.ClassLabel",
     },
   }
+  if name == "cifar100":
+    features["coarse_label"] = features["label"] | {
+      "classLabel": {"numClasses": "20"}
+    }
   return {
     "featuresDict": {"features": features},
     "pythonClassName": f"{base}.features_dict.FeaturesDict",
@@ -58,34 +62,42 @@ def _write_records(path: pathlib.Path, images, labels) -> None:
     feature = example.features.feature
     feature["image"].bytes_list.value.append(encoded.getvalue())
     feature["label"].int64_list.value.append(int(label))
+    feature["coarse_label"].int64_list.value.append(int(label) // 5)
     writer.write(example.SerializeToString())
   writer.close()
+
+
+def _prepare(
+  root: pathlib.Path, name: str, counts: dict[str, int], classes: list[str]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Writes a small set as tfds lays it out; returns {split: (x, y)}."""
+  folder = root / name / "3.0.2"
+  folder.mkdir(parents=True)
+  random = np.random.default_rng(0)
+  arrays = {}
+  for split, count in counts.items():
+    images = random.integers(0, 256, (count, 32, 32, 3), np.uint8)
+    labels = random.permutation(np.arange(count) % len(classes))
+    shard = folder / f"{name}-{split}.array_record-00000-of-00001"
+    _write_records(shard, images, labels)
+    arrays[split] = images, labels
+  info = {
+    "fileFormat": "array_record",
+    "name": name,
+    "version": "3.0.2",
+    "splits": [_info(count, split) for split, count in counts.items()],
+  }
+  (folder / "dataset_info.json").write_text(json.dumps(info))
+  (folder / "features.json").write_text(json.dumps(_features(name)))
+  (folder / "label.labels.txt").write_text("\n".join(classes) + "\n")
+  return arrays
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
   """A small CIFAR-10 as tfds lays it out: (data_dir, {split: (x, y)})."""
   root = tmp_path_factory.mktemp("tfds")
-  folder = root / "cifar10" / "3.0.2"
-  folder.mkdir(parents=True)
-  random = np.random.default_rng(0)
-  arrays = {}
-  for split, count in (("train", 40), ("test", 20)):
-    images = random.integers(0, 256, (count, 32, 32, 3), np.uint8)
-    labels = random.permutation(np.arange(count) % 10)
-    shard = folder / f"cifar10-{split}.array_record-00000-of-00001"
-    _write_records(shard, images, labels)
-    arrays[split] = images, labels
-  info = {
-    "fileFormat": "array_record",
-    "name": "cifar10",
-    "version": "3.0.2",
-    "splits": [_info(40, "train"), _info(20, "test")],
-  }
-  (folder / "dataset_info.json").write_text(json.dumps(info))
-  (folder / "features.json").write_text(json.dumps(_features()))
-  (folder / "label.labels.txt").write_text("\n".join(NAMES) + "\n")
-  return root, arrays
+  return root, _prepare(root, "cifar10", {"train": 40, "test": 20}, list(NAMES))
 
 
 @pytest.fixture
@@ -196,6 +208,36 @@ def test_holdout_out_of_range(holdout):
   _one_line(info)
 
 
+def test_known_names_are_the_papers_and_ours():
+  assert sources.known() == (
+    "cifar10",
+    "cifar100",
+    "digits",
+    "imagenet2012",
+    "ptb",
+    "wikitext103",
+    "wikitext2",
+  )
+
+
+@pytest.mark.parametrize("name", ["ptb", "wikitext2", "wikitext103"])
+def test_text_takes_no_holdout(name):
+  with pytest.raises(ValueError, match=r"holdout=5: .*validation") as info:
+    sources.load(name, holdout=5, fake=True)
+  assert name in _one_line(info)
+
+
+def test_text_comes_from_its_own_module(monkeypatch):
+  from dpc_jax.data import corpus
+
+  calls = []
+  monkeypatch.setattr(
+    corpus, "load", lambda *args, **options: calls.append((args, options))
+  )
+  sources.load("ptb", data_dir="folder", fake=True)
+  assert calls == [(("ptb",), {"data_dir": "folder", "fake": True})]
+
+
 def test_unknown_name_lists_the_known_ones():
   with pytest.raises(ValueError, match="'mnist'") as info:
     sources.load("mnist")
@@ -214,6 +256,20 @@ def test_reads_prepared_files_exactly_and_in_order(prepared, monkeypatch):
   assert data.augment is True
   assert data.mean == (0.4914, 0.4822, 0.4465)
   assert data.std == (0.2023, 0.1994, 0.2010)
+
+
+def test_cifar100_takes_the_fine_labels(tmp_path):
+  classes = [f"class{label}" for label in range(100)]
+  counts = {"train": 150, "test": 100}
+  arrays = _prepare(tmp_path, "cifar100", counts, classes)
+  data = sources.load("cifar100", data_dir=tmp_path)
+  _check_form(data, counts)
+  for name, (images, labels) in arrays.items():
+    np.testing.assert_array_equal(data.splits[name].images, images)
+    np.testing.assert_array_equal(data.splits[name].labels, labels)
+  assert data.num_classes == 100
+  assert data.class_names == tuple(classes)
+  assert data.augment is True
 
 
 def test_data_dir_wins_over_the_environment(prepared, monkeypatch, tmp_path):
