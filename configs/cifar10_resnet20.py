@@ -3,7 +3,9 @@ r"""ResNet-20 on CIFAR-10, CPT's recipe: 64,000 steps, x0.1 at 32k and 48k.
   python -m experiments.train --config=configs/cifar10_resnet20.py:dpc \
     --workdir=runs/cifar10_resnet20_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc. Not run at full length here.
+Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Not run at full length here, and its time not measured on any hardware.
+Bounds: CPT's for CIFAR, 3..8.
 5,000 training images are held out for every choice; to compare with published
 figures, fix the choices first and add --config.data.holdout=0.
 """
@@ -13,8 +15,8 @@ import ml_collections
 from configs import default
 
 
-def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
-  config = default.get_config(method)
+def get_config(argument: str = "dpc") -> ml_collections.ConfigDict:
+  config = default.get_config(argument)
   config.steps = 64_000
   config.batch_size = 128
   config.data.name = "cifar10"
@@ -22,4 +24,4 @@ def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
   config.model.name = "resnet20"
   config.optimizer.learning_rate = 0.1
   config.optimizer.schedule = "steps"
-  return config
+  return default.finish(config, argument, width=4, scan=True)

@@ -2,20 +2,28 @@
 
 A field whose default is "none" is a placeholder: it can be set on the command
 line, `--config.epochs=2`, and left out it means what its comment says.
+
+The argument of a recipe, after the colon, is a method, or METHOD,smoke: the
+same code on tiny shapes and made-up data, in seconds, to see that all of it
+works on a machine. A smoke run's figures mean nothing.
 """
+
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
 
-def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
-  """The fields; `method` as in `precision.method`."""
+def get_config(argument: str = "dpc") -> ml_collections.ConfigDict:
+  """The fields; `argument` is a method, or METHOD,smoke."""
   config = ml_collections.ConfigDict()
-  config.seed = 0  # of initial values, order, augmentation, rounding noise
+  config.seed = 0  # of initial values, order, augmentation, dropout, rounding
   config.steps = 1_000  # the length of the run
   config.epochs = config_dict.placeholder(float)  # if set, overrules steps
   config.batch_size = 128  # of all devices together
-  config.eval_batch_size = 500  # rounded up to a multiple of the devices
+  # Images: rounded up to a multiple of the devices. Text: the rows that an
+  # evaluation cuts its split into, each read from an empty context.
+  config.eval_batch_size = 500
   config.eval_every = 1_000  # steps; the last step is always evaluated
   config.log_every = 100  # steps
   config.checkpoint_every = 1_000  # steps; the last step is always saved
@@ -23,23 +31,10 @@ def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
   # Precision of float32 products: "default" (TF32 on recent GPUs), "high",
   # "highest"; none leaves JAX's own setting.
   config.matmul_precision = config_dict.placeholder(str)
-
-  config.data = data = ml_collections.ConfigDict()
-  data.name = "digits"  # digits, cifar10, cifar100
-  data.dir = config_dict.placeholder(str)  # none: TFDS_DATA_DIR
-  # Training images held out for every choice ("validation"); the test set is
-  # for reporting.
-  data.holdout = 0
-  # Random crop and flip; none: what the data set's recipe says.
-  data.augment = config_dict.placeholder(bool)
-
-  config.model = model = ml_collections.ConfigDict()
-  model.name = "resnet8"  # see dpc_jax.models.names()
-  model.width = config_dict.placeholder(int)  # none: the model's own
-
-  config.precision = _precision(method)
+  config.data = _data()
+  config.model = _model()
+  config.precision = _precision(_parse(argument)[0])
   config.optimizer = _optimizer()
-
   config.mesh = mesh = ml_collections.ConfigDict()
   mesh.data = config_dict.placeholder(int)  # none: all devices
   mesh.fsdp = 1  # only 1 so far: parameters are replicated
@@ -47,11 +42,94 @@ def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
   return config
 
 
+def finish(
+  config: ml_collections.ConfigDict, argument: str, **sizes: Any
+) -> ml_collections.ConfigDict:
+  """The recipe itself, or its smoke variant where `argument` asks for it.
+
+  Args:
+    config: of the full recipe.
+    argument: of `get_config`.
+    **sizes: fields of `model` in the smoke variant.
+  """
+  if not _parse(argument)[1]:
+    return config
+  config.steps = 4
+  config.epochs = None
+  config.batch_size = 8
+  config.eval_batch_size = 32
+  config.eval_every = 4
+  config.log_every = 1
+  config.checkpoint_every = 2
+  config.data.fake = True
+  config.data.workers = None
+  if config.data.holdout:
+    config.data.holdout = 16
+  if config.data.image_size is not None:
+    config.data.image_size = 32
+  config.data.unroll = min(config.data.unroll, 16)
+  config.model.update(sizes)
+  return config
+
+
+def _parse(argument: str) -> tuple[str, bool]:
+  """(method, whether the smoke variant is asked for)."""
+  method, _, variant = argument.partition(",")
+  if variant not in ("", "smoke"):
+    raise ValueError(
+      f"{argument!r}: after the colon use METHOD or METHOD,smoke"
+    )
+  return method, variant == "smoke"
+
+
+def _data() -> ml_collections.ConfigDict:
+  data = ml_collections.ConfigDict()
+  # digits, cifar10, cifar100, imagenet2012, ptb, wikitext2, wikitext103
+  data.name = "digits"
+  data.dir = config_dict.placeholder(str)  # none: TFDS_DATA_DIR
+  # Training images held out for every choice ("validation"); the test set is
+  # for reporting. Text comes with a validation split of its own: 0.
+  data.holdout = 0
+  # Random crop and flip on the device; none: what the data set's recipe says.
+  # ImageNet's crops are taken while decoding, whatever this says.
+  data.augment = config_dict.placeholder(bool)
+  # Height and width of ImageNet's crops.
+  data.image_size = config_dict.placeholder(int)
+  # Processes that decode ImageNet; none: threads of this process.
+  data.workers = config_dict.placeholder(int)
+  data.unroll = 35  # text: tokens of a row that a step sees
+  data.fake = False  # made-up data of the set's form: needs no files
+  return data
+
+
+def _model() -> ml_collections.ConfigDict:
+  """The name and what overrules the model's own sizes; not all fit each."""
+  model = ml_collections.ConfigDict()
+  model.name = "resnet8"  # see dpc_jax.models.names()
+  model.width = config_dict.placeholder(int)
+  model.widening = config_dict.placeholder(int)  # wide_resnet38
+  model.width_multiplier = config_dict.placeholder(float)  # mobilenet_v2
+  model.layers = config_dict.placeholder(int)  # lstm_lm, transformers
+  model.heads = config_dict.placeholder(int)  # transformers
+  model.mlp_width = config_dict.placeholder(int)  # transformers
+  model.patch_size = config_dict.placeholder(int)  # vit
+  # transformer_lm: sizes of the vocabulary's first bands, as (20000, 60000).
+  model.cutoffs = config_dict.placeholder(tuple)
+  model.dropout = config_dict.placeholder(float)
+  model.attention_dropout = config_dict.placeholder(float)
+  model.tied = config_dict.placeholder(bool)  # lstm_lm: softmax = embedding
+  # Equal blocks in one compiled loop: compiles faster, slower on a CPU.
+  model.scan = config_dict.placeholder(bool)
+  # Models that leave their first and last layers in float: quantize these too.
+  model.quantize_all = config_dict.placeholder(bool)
+  return model
+
+
 def _precision(method: str) -> ml_collections.ConfigDict:
   precision = ml_collections.ConfigDict()
   # float: the plain model. static<b>, such as static8: b-bit weights and
-  # activations in every quantized layer (all convolutions; the classifier
-  # stays in float). dpc: Eq. 1 between b_min and b_max.
+  # activations in every quantized layer (the model says which; classifiers and
+  # embeddings stay in float). dpc: Eq. 1 between b_min and b_max.
   precision.method = method
   precision.b_min = 3
   precision.b_max = 8  # also the width that savings are relative to
@@ -75,6 +153,9 @@ def _optimizer() -> ml_collections.ConfigDict:
   # Of every parameter; sgd adds it to the gradient, adamw decouples it.
   optimizer.weight_decay = 1e-4
   optimizer.momentum = 0.9  # of sgd
+  optimizer.nesterov = False  # of sgd
+  # Largest norm of the whole gradient, in float; none does not clip.
+  optimizer.clip = config_dict.placeholder(float)
   optimizer.schedule = "cosine"  # constant, cosine (to 0), steps
   optimizer.warmup = 0.0  # fraction of the run, linear from 0
   # schedule "steps": times 0.1 at these fractions of the run.

@@ -3,7 +3,7 @@ r"""ResNet-8 on scikit-learn's digits: the demo, no download.
   python -m experiments.train --config=configs/digits_resnet8.py:dpc \
     --workdir=runs/digits_dpc
 
-Methods: float, static8, dpc.
+Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
 """
 
 import ml_collections
@@ -11,8 +11,8 @@ import ml_collections
 from configs import default
 
 
-def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
-  config = default.get_config(method)
+def get_config(argument: str = "dpc") -> ml_collections.ConfigDict:
+  config = default.get_config(argument)
   config.steps = 449  # 20 epochs of 1,437 images
   config.batch_size = 64
   config.eval_every = 110
@@ -22,4 +22,4 @@ def get_config(method: str = "dpc") -> ml_collections.ConfigDict:
   config.model.name = "resnet8"
   config.optimizer.learning_rate = 0.05
   config.optimizer.warmup = 0.1
-  return config
+  return default.finish(config, argument, width=4)

@@ -65,7 +65,7 @@ def main() -> None:
     json.dumps({"command": command, "runs": summaries}, indent=2) + "\n"
   )
   print(f"\n{first['model']} on {first['dataset']}, {first['steps']} steps\n")
-  print(report.text_table(report.rows(summaries)))
+  print(report.text_table(report.rows(summaries), report.header(summaries)))
   print(f"\nsaving: against static {b_max}/{b_max} with 8-bit gradients\n")
   _print_paths(workdir, summaries)
 

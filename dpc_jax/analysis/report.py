@@ -3,20 +3,24 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-HEADER = (
-  "method",
-  "test accuracy",
-  "GBitOPs",
-  "saving",
-  "mean bits",
-  "seconds",
-)
+
+def header(summaries: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+  """The columns of the comparison; runs of one data set have one metric."""
+  metric = next(iter(summaries.values()))["metric"]
+  return (
+    "method",
+    f"test {metric}",
+    "GBitOPs",
+    "saving",
+    "mean bits",
+    "seconds",
+  )
 
 
 def rows(
   summaries: Mapping[str, Mapping[str, Any]],
 ) -> list[tuple[str, ...]]:
-  """The cells of the comparison, one tuple per run, in `HEADER`'s order.
+  """The cells of the comparison, one tuple per run, in `header`'s order.
 
   The saving is relative to static B_max; a run that costs more has none and
   shows its cost as a multiple instead.
@@ -27,7 +31,7 @@ def rows(
     table.append(
       (
         label,
-        f"{run['test_accuracy']:.4f}",
+        _score(run),
         f"{run['gbitops']:,.0f}",
         f"{saving:.1%}" if saving >= 0 else f"none ({1 - saving:.1f}x)",
         f"{run['mean_bits']:.2f}",
@@ -37,9 +41,7 @@ def rows(
   return table
 
 
-def text_table(
-  table: Sequence[Sequence[str]], header: Sequence[str] = HEADER
-) -> str:
+def text_table(table: Sequence[Sequence[str]], header: Sequence[str]) -> str:
   """Aligned columns for a terminal; the first one is flushed left."""
   lines = [tuple(header), *table]
   sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -55,7 +57,7 @@ def text_table(
 
 
 def markdown_table(
-  table: Sequence[Sequence[str]], header: Sequence[str] = HEADER
+  table: Sequence[Sequence[str]], header: Sequence[str]
 ) -> str:
   """The same as a Markdown table."""
   lines = [
@@ -87,7 +89,7 @@ def comparison(
       "",
       f"{run['steps']:,} steps per run on {run['device']}; {versions}.",
       "",
-      markdown_table(rows(summaries)),
+      markdown_table(rows(summaries), header(summaries)),
       "",
       f"GBitOPs are those of the whole run, forward and backward; the saving is"
       f" relative to static {b_max}/{b_max} with 8-bit gradients. Mean bits are"
@@ -106,18 +108,23 @@ def comparison(
       "",
       f"One run per method (seed {', '.join(map(str, seeds))}): how much of a"
       " difference is the noise of a seed is not measured. BitOPs count the"
-      " multiply-accumulates of convolutions and dense layers; batch"
-      " normalization, activation functions, the optimizer and the quantizer"
-      " itself are left out. Quantization is simulated in float32, so seconds"
-      " say nothing about integer hardware.",
+      " multiply-accumulates of convolutions, dense layers and attention"
+      " products; normalization, activation functions, embedding look-ups, the"
+      " optimizer and the quantizer itself are left out. Quantization is"
+      " simulated in float32, so seconds say nothing about integer hardware.",
       "",
     ]
   )
 
 
+def _score(run):
+  value = run[f"test_{run['metric']}"]
+  return f"{value:.4f}" if run["metric"] == "accuracy" else f"{value:.2f}"
+
+
 def _layers(summaries):
   runs = list(summaries.values())
-  header = ("layer", "N_k", "MACs", *(f"bits, {label}" for label in summaries))
+  columns = ("layer", "N_k", "MACs", *(f"bits, {label}" for label in summaries))
   table = [
     (
       f"`{path}`",
@@ -127,7 +134,7 @@ def _layers(summaries):
     )
     for path, cost in runs[0]["layers"].items()
   ]
-  return table, header
+  return table, columns
 
 
 def _widths(bits):

@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.sharding import Mesh
 
 from dpc_jax import models
 from dpc_jax.cost import bitops, macs
-from dpc_jax.data import preprocess, sources
+from dpc_jax.data import corpus, sources
 from dpc_jax.policy import schedules
 from dpc_jax.quant import grids
-from dpc_jax.training import checkpoint, sharding
+from dpc_jax.training import checkpoint, sharding, tasks
 from dpc_jax.training import config as config_lib
+from dpc_jax.training import feed as feed_lib
 from dpc_jax.training import optimizer as optimizer_lib
 from dpc_jax.training import state as state_lib
 from dpc_jax.training import step as step_lib
@@ -29,8 +29,9 @@ class Parts(NamedTuple):
 
   Attributes:
     config: resolved: `steps` is set.
-    eval_batch_size: that of the config, rounded up to divide over the devices.
-    data: the image set, in memory.
+    data: the data set.
+    feed: its batches.
+    task: what the steps do with them.
     mesh: of the devices.
     model: with or without quantization.
     optimizer: of its parameters.
@@ -38,20 +39,19 @@ class Parts(NamedTuple):
     costs: {path: LayerCost} of the model.
     static_bits: {path: B_max}, what savings are relative to, of all layers
       that a method other than float quantizes.
-    prepare: images on the device -> model input.
     init: key -> TrainState, pure.
   """
 
   config: ml_collections.FrozenConfigDict
-  eval_batch_size: int
-  data: sources.ImageData
+  data: feed_lib.Data
+  feed: feed_lib.Feed
+  task: tasks.Task
   mesh: Mesh
   model: nn.Module
   optimizer: optax.GradientTransformation
   schedule: schedules.Schedule
   costs: dict[str, bitops.LayerCost]
   static_bits: dict[str, int]
-  prepare: step_lib.Prepare
   init: Callable[[jax.Array], state_lib.TrainState]
 
 
@@ -61,7 +61,8 @@ class Programs(NamedTuple):
   Attributes:
     init: () -> TrainState, sharded from birth.
     train_step: (state, batch) -> (state, metrics); donates the state.
-    eval_step: (state, batch) -> metrics.
+    eval_step: (state, batch, carry) -> (metrics, carry).
+    eval_carry: () -> the recurrent state before an evaluation.
     abstract: the state's shapes, dtypes and shardings.
     seconds: tracing and compiling the two steps.
     traces: how often the train step was traced; a run has one.
@@ -70,25 +71,27 @@ class Programs(NamedTuple):
   init: Callable[[], state_lib.TrainState]
   train_step: Callable[..., Any]
   eval_step: Callable[..., Any]
+  eval_carry: Callable[[], Any]
   abstract: state_lib.TrainState
   seconds: float
   traces: list[int]
 
 
 def build(
-  config: ml_collections.ConfigDict, data: sources.ImageData | None = None
+  config: ml_collections.ConfigDict, data: feed_lib.Data | None = None
 ) -> Parts:
   """Checks a config and builds the run; compiles nothing.
 
   Args:
     config: see `configs/default.py`.
-    data: an image set at hand; None loads `config.data`.
+    data: a data set at hand; None loads `config.data`.
 
   Raises:
     ConfigError: one line that names the field, its value and the remedy.
   """
   config_lib.validate(config)
   mesh = sharding.make_mesh(config.mesh.data)
+  _check_kind(config)
   with _as_config_error("config.model"):
     model = make_model(config, num_classes=1)
   with _as_config_error("config.precision"):
@@ -96,28 +99,48 @@ def build(
   if data is None:
     with _as_config_error("config.data"):
       data = sources.load(
-        config.data.name, data_dir=config.data.dir, holdout=config.data.holdout
+        config.data.name,
+        data_dir=config.data.dir,
+        holdout=config.data.holdout,
+        fake=config.data.fake,
       )
   devices = mesh.shape["data"]
-  config = config_lib.resolve(config, len(data.splits["train"]), devices)
-  model = make_model(config, num_classes=data.num_classes)
+  config = config_lib.resolve(
+    config, feed_lib.rows_per_epoch(config, data), devices
+  )
+  with _as_config_error("config.model"):
+    model = make_model(config, num_classes=data.num_classes)
   optimizer = optimizer_lib.make_optimizer(config)
-  sample = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.float32)
+  feed = feed_lib.make_feed(config, data, devices)
+  task = feed_lib.make_task(config, data, model)
+  carry = jax.eval_shape(lambda: task.initial_carry(config.batch_size))
+  with _as_config_error("config.model"):
+    init = state_lib.make_init(model, optimizer, schedule, feed.sample, carry)
   with _as_config_error("config.precision"):
-    init = state_lib.make_init(model, optimizer, schedule, sample)
     jax.eval_shape(init, jax.random.key(0))
   return Parts(
     config=config,
-    eval_batch_size=-(-config.eval_batch_size // devices) * devices,
     data=data,
+    feed=feed,
+    task=task,
     mesh=mesh,
     model=model,
     optimizer=optimizer,
     schedule=schedule,
-    costs=macs.layer_costs(model, sample),
-    static_bits=_static_bits(config, data.num_classes, sample),
-    prepare=make_prepare(config, data),
+    costs=macs.layer_costs(model, feed.sample),
+    static_bits=_static_bits(config, data.num_classes, feed.sample),
     init=init,
+  )
+
+
+def _check_kind(config):
+  reads_text = config.model.name in models.LANGUAGE_MODELS
+  if reads_text == (config.data.name in corpus.known()):
+    return
+  have, want = ("images", "text") if reads_text else ("text", "images")
+  raise config_lib.ConfigError(
+    f"config.model.name = {config.model.name!r}: reads {want}, but"
+    f" {config.data.name} is {have}; change model.name or data.name"
   )
 
 
@@ -134,9 +157,11 @@ def make_model(
       gradients=grids.Grid(kind, rounding="stochastic"),
       storage_bits=config.precision.storage_bits,
     )
-  sizes = {}
-  if config.model.width is not None:
-    sizes["width"] = config.model.width
+  sizes = {
+    name: value
+    for name, value in config.model.items()
+    if name != "name" and value is not None
+  }
   return models.create(
     config.model.name,
     num_classes=num_classes,
@@ -182,64 +207,56 @@ def make_schedule(config: ml_collections.ConfigDict) -> schedules.Schedule:
   )
 
 
-def make_prepare(
-  config: ml_collections.ConfigDict, data: sources.ImageData
-) -> step_lib.Prepare:
-  """Augmentation (with a key, where the config wants it), normalization."""
-  augment = config.data.augment
-  augment = data.augment if augment is None else augment
-
-  def prepare(images, key):
-    if augment and key is not None:
-      images = preprocess.augment(key, images)
-    return preprocess.normalize(images, data.mean, data.std)
-
-  return prepare
-
-
 def compile_programs(parts: Parts) -> Programs:
   """Compiles init, the train step and the eval step, each once."""
-  config, mesh = parts.config, parts.mesh
+  config, mesh, task = parts.config, parts.mesh, parts.task
   replicated, batched = sharding.replicated(mesh), sharding.batch(mesh)
   key = jax.random.key(config.seed)
-  abstract = checkpoint.abstract_state(
-    jax.eval_shape(parts.init, key), replicated
-  )
+  shapes = jax.eval_shape(parts.init, key)
+  shardings = sharding.of_state(shapes, mesh)
+  abstract = checkpoint.abstract_state(shapes, shardings)
   traces = [0]
   train_step = step_lib.make_train_step(
-    parts.model, parts.optimizer, parts.schedule, parts.prepare
+    parts.model, parts.optimizer, parts.schedule, task
   )
 
   def counted(state, batch):
     traces[0] += 1
     return train_step(state, batch)
 
-  eval_step = step_lib.make_eval_step(parts.model, parts.prepare)
-  rows = _abstract_batch(config.batch_size, parts.data.image_shape, batched)
-  eval_rows = _abstract_batch(
-    parts.eval_batch_size, parts.data.image_shape, batched
-  )
-  eval_rows["mask"] = jax.ShapeDtypeStruct(
-    (parts.eval_batch_size,), jnp.float32, sharding=batched
+  def eval_carry():
+    return task.initial_carry(
+      next(iter(parts.feed.eval_batch.values())).shape[0]
+    )
+
+  eval_step = step_lib.make_eval_step(parts.model, task)
+  rows, eval_rows, carry = (
+    checkpoint.abstract_state(tree, jax.tree.map(lambda _: batched, tree))
+    for tree in (
+      parts.feed.train_batch,
+      parts.feed.eval_batch,
+      jax.eval_shape(eval_carry),
+    )
   )
   start = time.perf_counter()
   with matmul_precision(config):
     compiled_train = (
-      jax.jit(counted, out_shardings=(replicated, replicated), donate_argnums=0)
+      jax.jit(counted, out_shardings=(shardings, replicated), donate_argnums=0)
       .lower(abstract, rows)
       .compile()
     )
     compiled_eval = (
-      jax.jit(eval_step, out_shardings=replicated)
-      .lower(abstract, eval_rows)
+      jax.jit(eval_step, out_shardings=(replicated, batched))
+      .lower(abstract, eval_rows, carry)
       .compile()
     )
   seconds = time.perf_counter() - start
-  init = jax.jit(parts.init, out_shardings=replicated)
+  init = jax.jit(parts.init, out_shardings=shardings)
   return Programs(
     init=lambda: init(key),
     train_step=compiled_train,
     eval_step=compiled_eval,
+    eval_carry=jax.jit(eval_carry, out_shardings=batched),
     abstract=abstract,
     seconds=seconds,
     traces=traces,
@@ -253,15 +270,6 @@ def matmul_precision(
   if config.matmul_precision is None:
     return contextlib.nullcontext()
   return jax.default_matmul_precision(config.matmul_precision)
-
-
-def _abstract_batch(size, image_shape, batched):
-  return {
-    "image": jax.ShapeDtypeStruct(
-      (size, *image_shape), jnp.uint8, sharding=batched
-    ),
-    "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=batched),
-  }
 
 
 @contextlib.contextmanager

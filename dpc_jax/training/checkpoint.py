@@ -61,9 +61,17 @@ class Checkpoints:
     self._manager.close()
 
 
-def abstract_state(abstract: Any, sharding: jax.sharding.Sharding) -> Any:
-  """`abstract`, of eval_shape, with a sharding on every leaf."""
+def abstract_state(abstract: Any, shardings: Any) -> Any:
+  """`abstract`, of eval_shape, with a sharding on every leaf.
+
+  Args:
+    abstract: a tree of shapes and dtypes.
+    shardings: one for each leaf, in a tree of the same structure.
+  """
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
     abstract,
+    shardings,
   )

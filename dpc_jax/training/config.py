@@ -52,10 +52,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
       length is None or (math.isfinite(length) and length > 0),
       "must be positive",
     )
-  width = config.model.width
-  _check(
-    config, "model.width", width is None or width >= 1, "must be at least 1"
-  )
+  _validate_data(config)
+  _validate_model(config)
   _check_choice(config, "matmul_precision", MATMUL_PRECISIONS)
   _validate_precision(config)
   _validate_optimizer(config)
@@ -66,6 +64,47 @@ def validate(config: ml_collections.ConfigDict) -> None:
       config.mesh[axis] == 1,
       "only 1 is supported: the batch is sharded, parameters are replicated",
     )
+
+
+def _validate_data(config) -> None:
+  _check(config, "data.unroll", config.data.unroll >= 1, "must be at least 1")
+  for name in ("image_size", "workers"):
+    value = config.data[name]
+    _check(
+      config,
+      f"data.{name}",
+      value is None or value >= 1,
+      "must be at least 1, or left out",
+    )
+
+
+def _validate_model(config) -> None:
+  model = config.model
+  for name in ("width", "layers", "heads", "mlp_width", "patch_size"):
+    _check(
+      config,
+      f"model.{name}",
+      model[name] is None or model[name] >= 1,
+      "must be at least 1",
+    )
+  for name in ("dropout", "attention_dropout"):
+    _check(
+      config,
+      f"model.{name}",
+      model[name] is None or 0 <= model[name] < 1,
+      "must be in [0, 1)",
+    )
+  cutoffs = model.cutoffs
+  _check(
+    config,
+    "model.cutoffs",
+    cutoffs is None
+    or (
+      all(isinstance(c, int) and c >= 1 for c in cutoffs)
+      and list(cutoffs) == sorted(set(cutoffs))
+    ),
+    "must be increasing numbers of words",
+  )
 
 
 def static_width(method: str) -> int | None:
@@ -143,6 +182,13 @@ def _validate_optimizer(config) -> None:
       math.isfinite(value) and value >= 0,
       "must be finite and not negative",
     )
+  _check(
+    config,
+    "optimizer.clip",
+    optimizer.clip is None
+    or (math.isfinite(optimizer.clip) and optimizer.clip > 0),
+    "must be positive, or left out",
+  )
   for name in ("momentum", "warmup"):
     _check(
       config,
@@ -173,7 +219,7 @@ def resolve(
 
   Args:
     config: a validated config.
-    train_size: number of training images.
+    train_size: batch rows that make up one pass over the training split.
     devices: devices on the mesh's data axis.
 
   Returns:
@@ -199,7 +245,7 @@ def resolve(
       _fail(
         "epochs",
         config.epochs,
-        f"{train_size} images in batches of {config.batch_size} give no step",
+        f"{train_size} rows in batches of {config.batch_size} give no step",
       )
   steps = [round(b * config.steps) for b in config.optimizer.boundaries]
   if config.optimizer.schedule == "steps" and len(set(steps)) < len(steps):

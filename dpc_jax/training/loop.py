@@ -11,7 +11,6 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpc_jax.data import pipeline
 from dpc_jax.training import bits_log, build, checkpoint, sharding, termination
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import metrics as metrics_lib
@@ -74,8 +73,15 @@ class _Run:
     self.parts, self.workdir = parts, workdir
     config = parts.config
     self.progress = metrics_lib.Progress(
-      f"[{config.model.name} {config.precision.method}]", config.steps
+      f"[{config.model.name} {config.precision.method}]",
+      config.steps,
+      parts.task.unit,
     )
+    if config.data.fake:
+      self.progress.note(
+        f"data.fake is set: made-up {parts.task.unit} in the form of"
+        f" {config.data.name}; accuracies and perplexities mean nothing"
+      )
     environment = summary_lib.environment(parts.mesh)
     self.progress.note(f"compiling for {environment['device']}")
     self.programs = build.compile_programs(parts)
@@ -86,11 +92,7 @@ class _Run:
     self.compile_seconds = host["compile_seconds"] + self.programs.seconds
     # The compiled step cannot be traced again: one for each start of the run.
     self.compile_count = host["compile_count"] + self.programs.traces[0]
-    self.batches = pipeline.TrainBatches(
-      parts.data.splits["train"],
-      batch_size=config.batch_size,
-      seed=config.seed,
-    )
+    self.batches = parts.feed.train(self.step, config.steps)
     self.is_finite = jax.jit(state_lib.is_finite)
     self.writer = metrics_lib.Writer(workdir)
     self.bits_log = None
@@ -165,7 +167,7 @@ class _Run:
     pending = []
     self.watch.resume()
     while self.step < config.steps:
-      rows = self.batches.batch(self.step)
+      rows = next(self.batches)
       self.state, metrics = self.programs.train_step(
         self.state, sharding.put_batch(rows, self.parts.mesh)
       )
@@ -209,15 +211,15 @@ class _Run:
     return self._finish()
 
   def _check_finite(self, *, state: bool) -> None:
-    """Raises if the loss, or with `state` the state, is not finite."""
-    loss = self.sums.means()["loss"]
-    if math.isfinite(loss):
-      if not state or self.is_finite(self.state):
-        return
-      what = "the state is not finite"
-    else:
-      what = f"the loss is {loss}"
-    self._fail(what)
+    """Raises if a metric, or with `state` the state, is not finite."""
+    self._check_means(self.sums.means(), "")
+    if state and not self.is_finite(self.state):
+      self._fail("the state is not finite")
+
+  def _check_means(self, means: dict[str, float], split: str) -> None:
+    for name, value in means.items():
+      if not math.isfinite(value):
+        self._fail(f"the {split}{name} is {value}")
 
   def _fail(self, what: str) -> NoReturn:
     self.checkpoints.wait()
@@ -235,7 +237,10 @@ class _Run:
   def _log(self, seconds_per_step: float) -> None:
     config = self.parts.config
     values = self._position() | self.sums.means()
-    values["images_per_second"] = config.batch_size / seconds_per_step
+    # A batch of text may end in filling, which is no token.
+    steps = (self.step - 1) % config.log_every + 1
+    per_step = self.sums.count / steps
+    values[f"{self.parts.task.unit}_per_second"] = per_step / seconds_per_step
     self.sums = metrics_lib.Sums()
     self._advance_bits_log()
     self.writer.write(self.step, "train", values)
@@ -256,30 +261,24 @@ class _Run:
         continue
       start = self.watch.seconds()
       means = self._evaluate_split(split)
-      if not math.isfinite(means["loss"]):
-        self._fail(f"the {split} loss is {means['loss']}")
+      self._check_means(means, f"{split} ")
       count = len(self.parts.data.splits[split])
       values = self._position() | means
-      values["images_per_second"] = count / (self.watch.seconds() - start)
+      rate = count / (self.watch.seconds() - start)
+      values[f"{self.parts.task.unit}_per_second"] = rate
       self.writer.write(self.step, split, values)
-      texts.append(
-        f"{split} accuracy {means['accuracy']:.4f} loss {means['loss']:.3f}"
-      )
+      texts.append(f"{split} {metrics_lib.as_text(means)}")
     self.progress.note(f"step {self.step}: {', '.join(texts)}")
 
   def _evaluate_split(self, split: str) -> dict[str, float]:
     sums = metrics_lib.Sums()
-    batches = pipeline.eval_batches(
-      self.parts.data.splits[split],
-      batch_size=self.parts.eval_batch_size,
-    )
     pending = collections.deque()
-    for rows in batches:
-      pending.append(
-        self.programs.eval_step(
-          self.state, sharding.put_batch(rows, self.parts.mesh)
-        )
+    carry = self.programs.eval_carry()
+    for rows in self.parts.feed.evaluate(split):
+      metrics, carry = self.programs.eval_step(
+        self.state, sharding.put_batch(rows, self.parts.mesh), carry
       )
+      pending.append(metrics)
       if len(pending) > _STEPS_AHEAD:
         sums.add([pending.popleft()])
     sums.add(pending)
@@ -290,9 +289,8 @@ class _Run:
     run = summary_lib.run_cost(
       self.parts, jax.device_get(self.state.cost), self.step
     )
-    images = len(self.parts.data.splits["train"])
     return {
-      "epoch": self.step * config.batch_size / images,
+      "epoch": self.step * config.batch_size / self.parts.feed.rows_per_epoch,
       "relative_cost": run.relative_to_static,
       "mean_bits": run.mean_bits,
     }
@@ -318,7 +316,7 @@ class _Run:
     cost = 1 - summary["saving_vs_static"]
     b_max = self.parts.config.precision.b_max
     self.progress.note(
-      f"done: test accuracy {summary['test_accuracy']:.4f},"
+      f"done: {summary_lib.test_text(summary)},"
       f" {summary['gbitops']:,.0f} GBitOPs ({metrics_lib.ratio(cost)}"
       f" of static{b_max}),"
       f" {summary['seconds']:.0f} s"
@@ -341,5 +339,6 @@ class _Run:
 
   def close(self) -> None:
     self.progress.close()
+    self.batches.close()
     self.checkpoints.close()
     self.writer.close()

@@ -12,33 +12,51 @@ from typing import Any
 
 import jax
 
-from dpc_jax.training import step as step_lib
+from dpc_jax.training import tasks
 
 
 class Sums:
   """Sums of step metrics over an interval, as Python floats (float64)."""
 
-  def __init__(self, loss: float = 0.0, correct: float = 0.0, count: float = 0):
+  def __init__(
+    self, loss: float = 0.0, correct: float | None = None, count: float = 0.0
+  ):
     """Starts from given sums, those of a checkpoint for instance."""
     self.loss, self.correct, self.count = loss, correct, count
 
-  def add(self, metrics: Iterable[step_lib.Metrics]) -> None:
+  def add(self, metrics: Iterable[tasks.Metrics]) -> None:
     """Adds step metrics; waits for the device."""
     for m in jax.device_get(list(metrics)):
       self.loss += float(m.loss)
-      self.correct += float(m.correct)
       self.count += float(m.count)
+      if m.correct is not None:
+        self.correct = (self.correct or 0.0) + float(m.correct)
 
-  def as_dict(self) -> dict[str, float]:
+  def as_dict(self) -> dict[str, float | None]:
     """The sums themselves."""
     return {"loss": self.loss, "correct": self.correct, "count": self.count}
 
   def means(self) -> dict[str, float]:
-    """Loss in nats and accuracy in [0, 1], per example."""
+    """Per example: loss in nats, and what it is worth.
+
+    That is `accuracy`, in [0, 1], where right answers were counted, else
+    `perplexity`, exp(loss), which may be inf.
+    """
+    loss = self.loss / self.count
+    if self.correct is not None:
+      return {"loss": loss, "accuracy": self.correct / self.count}
+    # exp overflows a float64 just above.
     return {
-      "loss": self.loss / self.count,
-      "accuracy": self.correct / self.count,
+      "loss": loss,
+      "perplexity": math.inf if loss > 709 else math.exp(loss),
     }
+
+
+def as_text(values: Mapping[str, float]) -> str:
+  """Accuracy or perplexity, whichever is there, and the loss."""
+  if "accuracy" in values:
+    return f"accuracy {values['accuracy']:.4f} loss {values['loss']:.3f}"
+  return f"perplexity {values['perplexity']:.2f} loss {values['loss']:.3f}"
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -138,26 +156,29 @@ class Progress:
   Of several processes, the first one speaks.
   """
 
-  def __init__(self, label: str, steps: int):
-    """`label` names the run, `steps` is its length."""
-    self._label, self._steps = label, steps
+  def __init__(self, label: str, steps: int, unit: str = "images"):
+    """`label` names the run, `steps` is its length, `unit` what it reads."""
+    self._label, self._steps, self._unit = label, steps, unit
     self._speaks = jax.process_index() == 0
     self._live = sys.stdout.isatty()
     self._width = 0
 
   def show(self, step: int, values: Mapping[str, float]) -> None:
-    """Shows a training interval: loss, accuracy, bits, cost, rate, ETA."""
+    """Shows an interval: loss, score, bits, cost, rate, ETA."""
     if not self._speaks:
       return
-    rate = values["images_per_second"]
+    rate = values[f"{self._unit}_per_second"]
+    if "accuracy" in values:
+      score = f"accuracy {values['accuracy']:.3f}"
+    else:
+      score = f"perplexity {values['perplexity']:,.1f}"
     left = values["seconds_left"]
     line = (
       f"{self._label} step {step}/{self._steps}"
-      f"  epoch {values['epoch']:.1f}  loss {values['loss']:.3f}"
-      f"  accuracy {values['accuracy']:.3f}"
+      f"  epoch {values['epoch']:.1f}  loss {values['loss']:.3f}  {score}"
       f"  bits {values['mean_bits']:.2f}"
       f"  cost {ratio(values['relative_cost'])}"
-      f"  {rate:,.0f} images/s  ETA {_clock(left)}"
+      f"  {rate:,.0f} {self._unit}/s  ETA {_clock(left)}"
     )
     if not self._live:
       print(line, flush=True)

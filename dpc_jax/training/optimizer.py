@@ -30,12 +30,23 @@ def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
 def make_optimizer(
   config: ml_collections.ConfigDict,
 ) -> optax.GradientTransformation:
-  """SGD with momentum and L2 decay as PyTorch's, or AdamW."""
+  """SGD with momentum and L2 decay as PyTorch's, or AdamW.
+
+  Gradients are clipped first, by their global norm, where `clip` is set.
+  """
   optimizer = config.optimizer
   rate = learning_rate(config)
   if optimizer.name == "adamw":
-    return optax.adamw(rate, weight_decay=optimizer.weight_decay)
-  return optax.chain(
-    optax.add_decayed_weights(optimizer.weight_decay),
-    optax.sgd(rate, momentum=optimizer.momentum or None),
-  )
+    update = optax.adamw(rate, weight_decay=optimizer.weight_decay)
+  else:
+    update = optax.chain(
+      optax.add_decayed_weights(optimizer.weight_decay),
+      optax.sgd(
+        rate,
+        momentum=optimizer.momentum or None,
+        nesterov=optimizer.nesterov,
+      ),
+    )
+  if optimizer.clip is None:
+    return update
+  return optax.chain(optax.clip_by_global_norm(optimizer.clip), update)

@@ -46,13 +46,25 @@ def make_mesh(data: int | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of the state: a copy on every device."""
+  """A copy on every device: the sharding of all that is no batch."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch(mesh: Mesh) -> NamedSharding:
   """The sharding of a batch: its leading axis over `data`."""
   return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def of_state(abstract: Any, mesh: Mesh) -> Any:
+  """Shardings of a train state: replicated, but for its carry's rows.
+
+  Args:
+    abstract: a `TrainState`, of eval_shape for instance.
+    mesh: of the devices.
+  """
+  return jax.tree.map(lambda _: replicated(mesh), abstract).replace(
+    carry=jax.tree.map(lambda _: batch(mesh), abstract.carry)
+  )
 
 
 def put_batch(rows: Any, mesh: Mesh) -> Any:

@@ -28,6 +28,8 @@ class TrainState:
     cost: exact sums of products of bit-widths so far.
     rng: PRNG key of the run; a step folds its number into it. None only where
       nothing random is in the model.
+    carry: a recurrent model's state after the last batch, arrays with a leading
+      axis of the batch; () for other models.
   """
 
   step: jax.Array
@@ -37,6 +39,7 @@ class TrainState:
   schedule_state: Any
   cost: bitops.RunCost
   rng: jax.Array | None
+  carry: Any = ()
 
 
 def make_init(
@@ -44,6 +47,7 @@ def make_init(
   optimizer: optax.GradientTransformation,
   schedule: schedules.Schedule,
   sample: jax.ShapeDtypeStruct,
+  carry: Any = (),
 ) -> Callable[[jax.Array], TrainState]:
   """Returns `init(key) -> TrainState`, pure: eval_shape, shard, then jit it.
 
@@ -55,6 +59,7 @@ def make_init(
     optimizer: of `params`.
     schedule: of the widths of all layers in `precision`.
     sample: shape and dtype of the input.
+    carry: shapes and dtypes of the recurrent state, which starts at zero.
   """
 
   def init_model(key):
@@ -79,6 +84,7 @@ def make_init(
       schedule_state=schedule_state,
       cost=bitops.init_run_cost(bits),
       rng=run_key,
+      carry=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry),
     )
 
   return init
@@ -93,7 +99,9 @@ def layer_bits(state: TrainState) -> dict[str, grids.LayerBits]:
 
 def is_finite(state: TrainState) -> jax.Array:
   """Whether all floats in the state are finite, a bool (); jit-able."""
-  leaves = jax.tree.leaves((state.params, state.model_state, state.opt_state))
+  leaves = jax.tree.leaves(
+    (state.params, state.model_state, state.opt_state, state.carry)
+  )
   checks = [
     jnp.all(jnp.isfinite(x))
     for x in leaves

@@ -45,30 +45,35 @@ def summarize(
     lines: of `metrics.jsonl`.
 
   Returns:
-    `test_accuracy` is the last one, `best_test_accuracy` the highest of all
-    evaluations; with images held out, `validation_accuracy` is the last one
-    and `test_accuracy_at_best_validation` the honest choice of a checkpoint.
+    `metric` is "accuracy" or "perplexity"; `test_METRIC` is the last one,
+    `best_test_METRIC` the best of all evaluations; with a validation split,
+    `validation_METRIC` is the last one and `test_METRIC_at_best_validation` the
+    honest choice of a checkpoint.
     `gbitops` is the run's cost / 1e9; the savings are fractions of the cost of
     static B_max and of float32.
   """
   config = parts.config
   run = run_cost(parts, cost, config.steps)
+  metric = parts.task.metric
+  best = max if metric == "accuracy" else min
   test = [line for line in lines if line["split"] == "test"]
   summary = {
     "method": config.precision.method,
     "model": config.model.name,
-    "dataset": config.data.name,
+    "dataset": config.data.name + (" (fake)" if config.data.fake else ""),
     "seed": config.seed,
     "steps": config.steps,
-    "test_accuracy": test[-1]["accuracy"],
-    "best_test_accuracy": max(line["accuracy"] for line in test),
+    "metric": metric,
+    f"test_{metric}": test[-1][metric],
+    f"best_test_{metric}": best(line[metric] for line in test),
   }
   validation = [line for line in lines if line["split"] == "validation"]
   if validation:
-    best = max(validation, key=lambda line: line["accuracy"])
-    at_best = [line for line in test if line["step"] == best["step"]]
-    summary["validation_accuracy"] = validation[-1]["accuracy"]
-    summary["test_accuracy_at_best_validation"] = at_best[0]["accuracy"]
+    chosen = best(validation, key=lambda line: line[metric])
+    at_best = next(line for line in test if line["step"] == chosen["step"])
+    summary[f"validation_{metric}"] = validation[-1][metric]
+    summary[f"best_validation_{metric}"] = chosen[metric]
+    summary[f"test_{metric}_at_best_validation"] = at_best[metric]
   return summary | {
     "gbitops": run.total / 1e9,
     "saving_vs_static": run.saving_vs_static,
@@ -85,6 +90,13 @@ def summarize(
     "float_layers": list(run.float_layers),
     "config_hash": config_lib.config_hash(config),
   }
+
+
+def test_text(summary: dict[str, Any]) -> str:
+  """The final test metric in words."""
+  metric = summary["metric"]
+  digits = 4 if metric == "accuracy" else 2
+  return f"test {metric} {summary[f'test_{metric}']:.{digits}f}"
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:

@@ -11,6 +11,7 @@ def summary(**changes):
     "dataset": "digits",
     "seed": 3,
     "steps": 449,
+    "metric": "accuracy",
     "test_accuracy": 0.98611,
     "gbitops": 2373.36,
     "saving_vs_static": 0.4436,
@@ -29,6 +30,13 @@ def summary(**changes):
 def test_rows_hold_the_figures():
   (row,) = report.rows({"dpc": summary()})
   assert row == ("dpc", "0.9861", "2,373", "44.4%", "5.56", "5")
+
+
+def test_perplexities_have_two_digits_and_their_name():
+  run = summary(metric="perplexity", test_perplexity=123.456)
+  assert report.rows({"dpc": run})[0][1] == "123.46"
+  text = report.comparison({"dpc": run}, command="x", b_max=8)
+  assert "| method | test perplexity |" in text
 
 
 def test_a_run_that_costs_more_saves_nothing():

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from dpc_jax.data import sources
-from dpc_jax.training import build, optimizer
+from dpc_jax.training import build, loop, metrics, optimizer
 from dpc_jax.training import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -29,16 +28,38 @@ def flat(config):
   return set(config_lib._flat(config.to_dict()))
 
 
+MATRIX = (
+  "cifar10_resnet38 cifar10_resnet74 cifar10_resnet110 cifar10_wide_resnet38"
+  " cifar10_mobilenet_v2 cifar100_resnet38 cifar100_resnet74"
+  " cifar100_resnet110 cifar100_wide_resnet38 cifar100_mobilenet_v2"
+  " imagenet_resnet18 imagenet_resnet34 imagenet_resnet50"
+  " wikitext103_transformer ptb_lstm"
+)
+BEYOND = (
+  "cifar10_resnet8 cifar10_resnet20 cifar10_vit_tiny digits_resnet8"
+  " digits_vit_tiny imagenet_mobilenet_v2 imagenet_vit_small ptb_lstm_tiny"
+  " wikitext2_transformer"
+)
+RECIPES = [name for name in NAMES if name != "default"]
+# CPT's bounds.
+BOUNDS = {
+  "cifar": (3, 8),
+  "imagenet": (4, 8),
+  "wikitext": (4, 8),
+  "ptb": (5, 8),
+}
+
+
 def test_the_recipes_are_there():
-  assert {
-    "cifar10_resnet8",
-    "cifar10_resnet20",
-    "cifar10_resnet38",
-    "cifar10_resnet74",
-    "cifar10_resnet110",
-    "default",
-    "digits_resnet8",
-  } <= set(NAMES)
+  assert set(RECIPES) == {*MATRIX.split(), *BEYOND.split()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_bounds_are_those_of_cpt(name):
+  for start, bounds in BOUNDS.items():
+    if name.startswith(start):
+      precision = get_config(name, "dpc").precision
+      assert (precision.b_min, precision.b_max) == bounds
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -52,48 +73,77 @@ def test_recipe(name, method):
   config_lib.validate(config)
   build.make_model(config, num_classes=10)
   build.make_schedule(config)
-  if config.data.name == "digits":
-    check_build(config)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "default"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_docstring_has_the_command(name):
   doc = importlib.import_module(f"configs.{name}").__doc__
   assert f"python -m experiments.train --config=configs/{name}.py:dpc" in doc
   assert all(method in doc for method in METHODS)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("cifar10_")])
-def test_recipe_builds_on_images_like_its_own(name):
-  """The images themselves are the business of the tests of `data`."""
-  check_build(get_config(name, "dpc"), cifar_like())
-
-
-def cifar_like():
-  split = sources.Split(
-    np.zeros((45_000, 1, 1, 3), np.uint8), np.zeros(45_000, np.int32)
-  )
-  return sources.ImageData(
-    splits={"train": split, "validation": split, "test": split},
-    num_classes=10,
-    image_shape=(32, 32, 3),
-    mean=(0.5,) * 3,
-    std=(0.2,) * 3,
-    class_names=tuple("abcdefghij"),
-    augment=True,
-  )
-
-
-def check_build(config, data=None):
-  parts = build.build(config, data)
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_full_recipe_builds_on_data_like_its_own(name):
+  """Shapes alone: nothing of the full size is computed."""
+  config = get_config(name, "dpc")
+  config.mesh.data = 1
+  config.data.fake = True
+  config.data.holdout = min(config.data.holdout, 16)
+  parts = build.build(config)
   assert parts.config.steps >= 1
   state = jax.eval_shape(parts.init, jax.random.key(0))
-  quantized = config.precision.method != "float"
-  assert ("precision" in state.model_state) == quantized
-  assert bool(state.cost.sums) == quantized
+  assert set(state.model_state["precision"])
   assert set(state.cost.sums) <= set(parts.costs)
   schedule = optimizer.learning_rate(parts.config)
   assert float(schedule(parts.config.steps - 1)) < 0.1
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_smoke_variant_trains_saves_goes_on_and_evaluates(
+  name, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(metrics, "_event_writer", lambda workdir: None)
+  config = get_config(name, "dpc,smoke")
+  config.mesh.data = 1
+  parts = build.build(config)
+  config_lib.claim_workdir(parts.config, tmp_path)
+  run = loop._Run(parts, tmp_path)
+  programs = run.programs
+  try:
+    assert run.train(lambda step: step == 2) is None
+  finally:
+    run.close()
+  # A second start would compile the very same programs.
+  monkeypatch.setattr(build, "compile_programs", lambda parts: programs)
+  summary = loop.train_and_evaluate(config, tmp_path)
+  assert summary["steps"] == 4 and summary["dataset"].endswith("(fake)")
+  lines = metrics.read_lines(tmp_path / "metrics.jsonl")
+  assert [x["step"] for x in lines if x["split"] == "train"] == [1, 2, 3, 4]
+  score = "perplexity" if "lm" in summary["model"] else "accuracy"
+  assert summary["metric"] == score
+  for split in parts.data.splits.keys() - {"train"}:
+    (line,) = (x for x in lines if x["split"] == split)
+    assert line["step"] == 4 and np.isfinite(line[score])
+  widths = {bits[0] for bits in map(np.ravel, summary["bits"].values())}
+  b_min, b_max = config.precision.b_min, config.precision.b_max
+  assert widths and b_min <= min(widths) and max(widths) <= b_max
+  assert 0 < summary["saving_vs_static"] < 1
+
+
+@pytest.mark.parametrize("method", ["float", "static8"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_smoke_variant_of_other_methods_builds(name, method):
+  config = get_config(name, f"{method},smoke")
+  assert config.precision.method == method
+  config.mesh.data = 1
+  parts = build.build(config)
+  state = jax.eval_shape(parts.init, jax.random.key(0))
+  assert bool(state.cost.sums) == (method != "float")
+
+
+def test_an_unknown_variant_is_refused():
+  with pytest.raises(ValueError, match="'dpc,smok': after the colon use"):
+    get_config("cifar10_resnet8", "dpc,smok")
 
 
 def test_cpts_recipe():

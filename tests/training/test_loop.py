@@ -14,7 +14,14 @@ import pytest
 
 import dpc_jax as dpc
 from dpc_jax.data import sources
-from dpc_jax.training import build, checkpoint, loop, metrics, sharding
+from dpc_jax.training import (
+  build,
+  checkpoint,
+  feed,
+  loop,
+  metrics,
+  sharding,
+)
 from dpc_jax.training import config as config_lib
 from tests.training import tiny
 
@@ -119,7 +126,8 @@ def test_evaluation_does_not_depend_on_its_batch_size():
     )
     run = loop._Run.__new__(loop._Run)
     run.parts = build.build(config, data)
-    assert run.parts.eval_batch_size == (16 if devices == 8 else size)
+    rows = run.parts.feed.eval_batch["image"].shape[0]
+    assert rows == (16 if devices == 8 else size)
     run.programs = build.compile_programs(run.parts)
     if not results:
       train = data.splits["train"]
@@ -135,7 +143,7 @@ def test_evaluation_does_not_depend_on_its_batch_size():
     results.append(run._evaluate_split("test"))
   logits = run.parts.model.apply(
     {"params": state.params, **state.model_state},
-    run.parts.prepare(jnp.asarray(splits["test"].images), None),
+    feed.make_prepare(config, data)(jnp.asarray(splits["test"].images), None),
   )
   right = np.sum(np.argmax(logits, -1) == splits["test"].labels)
   for result in results:
@@ -211,7 +219,7 @@ class TestDivergence:
 
       return programs._replace(train_step=train_step)
 
-    monkeypatch.setattr(build, "make_prepare", make_prepare)
+    monkeypatch.setattr(feed, "make_prepare", make_prepare)
     monkeypatch.setattr(build, "compile_programs", poisoned)
 
   factor = np.float32("nan")
@@ -348,9 +356,9 @@ def test_the_config_does_not_depend_on_the_devices():
     build.build(tiny.make_config(**{"mesh.data": None, "eval_batch_size": n}))
     for n in (96, 97)
   )
-  assert eight.eval_batch_size == 104
+  assert eight.feed.eval_batch["mask"].shape == (104,)
   assert eight.config.eval_batch_size == 97
-  assert one.eval_batch_size == 96
+  assert one.feed.eval_batch["mask"].shape == (96,)
 
 
 def test_an_evaluation_that_is_not_finite(tmp_path, monkeypatch):

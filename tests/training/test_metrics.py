@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dpc_jax as dpc
-from dpc_jax.training import metrics, summary
+from dpc_jax.training import metrics, summary, tasks
 from tests.training import tiny
 
 WRITES_EVENTS = True
@@ -116,6 +116,16 @@ class TestProgress:
       "  cost 70.0%  1,234 images/s  ETA 1:02:05\n[x] done\n"
     )
 
+  def test_text_has_perplexity_and_tokens(self, capsys):
+    values = {k: v for k, v in VALUES.items() if k != "accuracy"}
+    values["tokens_per_second"] = values.pop("images_per_second")
+    progress = metrics.Progress("[x]", 10, "tokens")
+    progress.show(1, values | {"perplexity": 1234.56})
+    assert capsys.readouterr().out == (
+      "[x] step 1/10  epoch 1.5  loss 0.250  perplexity 1,234.6  bits 5.50"
+      "  cost 70.0%  1,234 tokens/s  ETA 1:02:05\n"
+    )
+
   def test_a_terminal_gets_one_line(self, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
@@ -151,3 +161,21 @@ def test_summary_is_whole_or_absent(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
   assert json.loads((tmp_path / "summary.json").read_text()) == {"a": 1}
   assert summary.read(tmp_path) == {"a": 1}
+
+
+def test_sums_are_means_of_what_was_counted():
+  sums = metrics.Sums()
+  sums.add([tasks.Metrics(np.float32(6), np.float32(2), np.float32(1))] * 2)
+  assert sums.means() == {"loss": 3.0, "accuracy": 0.5}
+  again = metrics.Sums(**json.loads(json.dumps(sums.as_dict())))
+  assert again.means() == sums.means()
+
+
+def test_sums_of_text_give_a_perplexity():
+  sums = metrics.Sums()
+  sums.add([tasks.Metrics(np.float32(6), np.float32(2))])
+  sums.add([tasks.Metrics(np.float32(4), np.float32(3))])
+  assert sums.means() == {"loss": 2.0, "perplexity": np.exp(2.0)}
+  again = metrics.Sums(**json.loads(json.dumps(sums.as_dict())))
+  assert again.means() == sums.means()
+  assert metrics.Sums(loss=1e4, count=1.0).means()["perplexity"] == np.inf

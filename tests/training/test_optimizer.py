@@ -97,3 +97,49 @@ def test_adamw_decouples_its_decay():
   # The first step of Adam is the sign of the gradient.
   want = -0.1 * (np.array([1, 1]) + 0.5 * np.array([2.0, -1.0]))
   np.testing.assert_allclose(updates["kernel"], want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_whole_gradient_is_clipped_by_its_norm(name):
+  def update(scale, **changes):
+    config = tiny.make_config(
+      steps=100,
+      **{
+        "optimizer.name": name,
+        "optimizer.schedule": "constant",
+        "optimizer.weight_decay": 0.0,
+      }
+      | changes,
+    )
+    transform = optimizer.make_optimizer(config)
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+    state = transform.init(params)
+    total = params
+    # Adam forgets the scale of one gradient, not that of a sequence.
+    for factor in (scale, 1.0):
+      gradient = {
+        "a": factor * jnp.array([3.0, 0.0]),
+        "b": factor * jnp.array([4.0]),
+      }
+      updates, state = transform.update(gradient, state, params)
+      total = {k: total[k] + updates[k] for k in total}
+    return np.concatenate([total["a"], total["b"]])
+
+  clip = {"optimizer.clip": 5.0}
+  np.testing.assert_allclose(update(1.0, **clip), update(1.0), rtol=1e-6)
+  np.testing.assert_allclose(update(9.0, **clip), update(1.0), rtol=1e-5)
+  assert not np.allclose(update(9.0), update(1.0), rtol=1e-3)
+
+
+def test_nesterov_looks_ahead():
+  """p = p - rate * (g + momentum * v), v as before."""
+  changes = {
+    "optimizer.schedule": "constant",
+    "optimizer.weight_decay": 0.0,
+    "optimizer.nesterov": True,
+  }
+  config = tiny.make_config(steps=100, **changes)
+  transform = optimizer.make_optimizer(config)
+  params = {"kernel": jnp.ones(1)}
+  updates, _ = transform.update(params, transform.init(params), params)
+  np.testing.assert_allclose(updates["kernel"], [-0.1 * 1.9], rtol=1e-6)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from dpc_jax.data import pipeline
 from dpc_jax.training import build, checkpoint, loop, sharding
 from tests.training import tiny
 
@@ -152,7 +153,7 @@ def test_every_save_is_the_state_of_its_step(tmp_path):
   parts = build.build(config)
   programs = build.compile_programs(parts)
   state = programs.init()
-  batches = loop.pipeline.TrainBatches(
+  batches = pipeline.TrainBatches(
     parts.data.splits["train"], batch_size=config.batch_size, seed=config.seed
   )
   for step in range(8):

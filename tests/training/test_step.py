@@ -15,6 +15,7 @@ from dpc_jax.policy import schedules
 from dpc_jax.quant import grids
 from dpc_jax.training import state as state_lib
 from dpc_jax.training import step as step_lib
+from dpc_jax.training import tasks
 from tests.training import tiny
 
 SAMPLE = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
@@ -29,6 +30,9 @@ def prepare(images, key):
   return images.astype(jnp.float32) / 255
 
 
+TASK = tasks.classification(prepare)
+
+
 def make(quantization=STOCHASTIC, schedule=None, model=None):
   model = tiny.Tiny(10, quantization) if model is None else model
   schedule = tiny.cyclic() if schedule is None else schedule
@@ -36,8 +40,8 @@ def make(quantization=STOCHASTIC, schedule=None, model=None):
   init = state_lib.make_init(model, optimizer, schedule, SAMPLE)
   return (
     init,
-    step_lib.make_train_step(model, optimizer, schedule, prepare),
-    step_lib.make_eval_step(model, prepare),
+    step_lib.make_train_step(model, optimizer, schedule, TASK),
+    step_lib.make_eval_step(model, TASK),
   )
 
 
@@ -155,7 +159,8 @@ def test_a_model_without_other_collections():
   state, _ = train_step(init(jax.random.key(0)), make_batch())
   assert state.model_state == {}
   mask = jnp.ones(16, jnp.float32)
-  assert eval_step(state, make_batch() | {"mask": mask}).count == 16
+  metrics, _ = eval_step(state, make_batch() | {"mask": mask})
+  assert metrics.count == 16
 
 
 def test_stochastic_gradients_need_a_key():
@@ -226,7 +231,11 @@ def test_evaluation_is_exact_for_any_batch_size(filling):
     del key
     return images
 
-  eval_step = jax.jit(step_lib.make_eval_step(tiny.Tiny(10, STOCHASTIC), take))
+  eval_step = jax.jit(
+    step_lib.make_eval_step(
+      tiny.Tiny(10, STOCHASTIC), tasks.classification(take)
+    )
+  )
   rng = np.random.default_rng(3)
   images = rng.random((23, 8, 8, 1), np.float32)
   labels = rng.integers(0, 10, 23, np.int32)
@@ -237,7 +246,7 @@ def test_evaluation_is_exact_for_any_batch_size(filling):
       rows = slice(start, min(start + size, 23))
       missing = size - (rows.stop - rows.start)
       padding = np.full((missing, 8, 8, 1), filling, np.float32)
-      metrics = eval_step(
+      metrics, _ = eval_step(
         state,
         {
           "image": jnp.asarray(np.concatenate([images[rows], padding])),

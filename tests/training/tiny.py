@@ -104,9 +104,9 @@ def cyclic_bits(step: int, period: int = 3) -> dict[str, list[int]]:
 
 def abstract(parts: build.Parts) -> Any:
   """The state's shapes, dtypes and shardings."""
+  shapes = jax.eval_shape(parts.init, jax.random.key(0))
   return checkpoint.abstract_state(
-    jax.eval_shape(parts.init, jax.random.key(0)),
-    sharding.replicated(parts.mesh),
+    shapes, sharding.of_state(shapes, parts.mesh)
   )
 
 

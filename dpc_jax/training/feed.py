@@ -1,0 +1,195 @@
+"""The input of a run: what the data set is to the loop, whatever its kind."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from dpc_jax.data import (
+  corpus,
+  imagenet,
+  pipeline,
+  preprocess,
+  sources,
+  token_batches,
+)
+from dpc_jax.training import config as config_lib
+from dpc_jax.training import tasks
+
+Data = sources.ImageData | imagenet.StreamedImages | corpus.TextData
+Rows = dict[str, Any]
+
+
+class Feed(NamedTuple):
+  """Batches of a data set, and their shapes before there are any.
+
+  Attributes:
+    sample: the model input of one example (an image, or a row of tokens).
+    rows_per_epoch: batch rows that make up one pass over the training split.
+    train_batch: {name: shape and dtype} of a global batch of training.
+    eval_batch: likewise, of evaluation.
+    train: (start, stop) -> iterator of this process's rows, step by step; what
+      a step gets is a function of the seed and the step alone.
+    evaluate: split -> iterator over the whole split, once.
+  """
+
+  sample: jax.ShapeDtypeStruct
+  rows_per_epoch: int
+  train_batch: dict[str, jax.ShapeDtypeStruct]
+  eval_batch: dict[str, jax.ShapeDtypeStruct]
+  train: Callable[[int, int], Iterator[Rows]]
+  evaluate: Callable[[str], Iterator[Rows]]
+
+
+def make_task(
+  config: ml_collections.ConfigDict, data: Data, model: nn.Module
+) -> tasks.Task:
+  """The task that fits the data and the model."""
+  if isinstance(data, corpus.TextData):
+    return tasks.language_model(getattr(model, "initial_carry", None))
+  return tasks.classification(make_prepare(config, data))
+
+
+def make_prepare(
+  config: ml_collections.ConfigDict,
+  data: sources.ImageData | imagenet.StreamedImages,
+) -> tasks.Prepare:
+  """Augmentation (with a key, where the config wants it), normalization."""
+  augment = config.data.augment
+  augment = data.augment if augment is None else augment
+
+  def prepare(images, key):
+    if augment and key is not None:
+      images = preprocess.augment(key, images)
+    return preprocess.normalize(images, data.mean, data.std)
+
+  return prepare
+
+
+def make_sample(
+  config: ml_collections.ConfigDict, data: Data
+) -> jax.ShapeDtypeStruct:
+  """Shape and dtype of the model's input for one example."""
+  if isinstance(data, corpus.TextData):
+    return jax.ShapeDtypeStruct((1, config.data.unroll), jnp.int32)
+  return jax.ShapeDtypeStruct((1, *_image_shape(config, data)), jnp.float32)
+
+
+def rows_per_epoch(config: ml_collections.ConfigDict, data: Data) -> int:
+  """Batch rows that make up one pass over the training split.
+
+  Of text, rows of `data.unroll` tokens, those filled up included.
+  """
+  train = data.splits["train"]
+  if not isinstance(data, corpus.TextData):
+    return len(train)
+  return config.batch_size * _token_batches(config, data).windows
+
+
+def make_feed(
+  config: ml_collections.ConfigDict, data: Data, devices: int
+) -> Feed:
+  """The feed of a resolved config.
+
+  Args:
+    config: of the run.
+    data: loaded.
+    devices: on the mesh's data axis; an evaluation batch is filled up to a
+      multiple of it.
+  """
+  eval_rows = -(-config.eval_batch_size // devices) * devices
+  common = {
+    "sample": make_sample(config, data),
+    "rows_per_epoch": rows_per_epoch(config, data),
+  }
+  if isinstance(data, corpus.TextData):
+    return Feed(
+      **common,
+      train_batch=_text_batch(config.batch_size, config.data.unroll),
+      eval_batch=_text_batch(eval_rows, config.data.unroll),
+      train=_closable(_token_batches(config, data).iterate),
+      evaluate=lambda split: token_batches.eval_batches(
+        data.splits[split],
+        eos=data.eos,
+        # Rows cut the text, and so the context: their number must not depend
+        # on the devices.
+        rows=config.eval_batch_size,
+        unroll=config.data.unroll,
+        multiple=devices,
+      ),
+    )
+  shape = _image_shape(config, data)
+  options = {}
+  module = pipeline
+  if isinstance(data, imagenet.StreamedImages):
+    module = imagenet
+    options = {"image_size": shape[0], "workers": config.data.workers}
+  batches = module.TrainBatches(
+    data.splits["train"],
+    batch_size=config.batch_size,
+    seed=config.seed,
+    **options,
+  )
+  return Feed(
+    **common,
+    train_batch=_image_batch(config.batch_size, shape),
+    eval_batch=_image_batch(eval_rows, shape)
+    | {"mask": jax.ShapeDtypeStruct((eval_rows,), jnp.float32)},
+    train=_closable(batches.iterate),
+    evaluate=lambda split: module.eval_batches(
+      data.splits[split], batch_size=eval_rows, **options
+    ),
+  )
+
+
+def _closable(iterate):
+  """`iterate` as a generator: closing it ends what reads ahead."""
+
+  def train(start, stop):
+    yield from iterate(start, stop)
+
+  return train
+
+
+def _token_batches(config, data):
+  try:
+    return token_batches.TrainBatches(
+      data.splits["train"],
+      eos=data.eos,
+      batch_size=config.batch_size,
+      unroll=config.data.unroll,
+    )
+  except ValueError as error:
+    raise config_lib.ConfigError(f"config.data: {error}") from None
+
+
+def _image_shape(config, data) -> tuple[int, ...]:
+  size = config.data.image_size
+  if not isinstance(data, imagenet.StreamedImages):
+    if size is not None:
+      raise config_lib.ConfigError(
+        f"config.data.image_size = {size}: the images of {config.data.name}"
+        " have one size; leave it out"
+      )
+    return data.image_shape
+  size = data.image_size if size is None else size
+  return (size, size, 3)
+
+
+def _image_batch(rows, shape):
+  return {
+    "image": jax.ShapeDtypeStruct((rows, *shape), jnp.uint8),
+    "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
+  }
+
+
+def _text_batch(rows, unroll):
+  return {
+    "tokens": jax.ShapeDtypeStruct((rows, unroll), jnp.int32),
+    "targets": jax.ShapeDtypeStruct((rows, unroll), jnp.int32),
+    "mask": jax.ShapeDtypeStruct((rows, unroll), jnp.float32),
+    "reset": jax.ShapeDtypeStruct((rows,), jnp.bool_),
+  }
