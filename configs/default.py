@@ -116,7 +116,9 @@ def _model() -> ml_collections.ConfigDict:
   # transformer_lm: sizes of the vocabulary's first bands, as (20000, 60000).
   model.cutoffs = config_dict.placeholder(tuple)
   model.dropout = config_dict.placeholder(float)
-  model.attention_dropout = config_dict.placeholder(float)
+  model.attention_dropout = config_dict.placeholder(float)  # transformer_lm
+  model.activation_dropout = config_dict.placeholder(float)  # transformer_lm
+  model.tail_dropout = config_dict.placeholder(float)  # transformer_lm
   model.tied = config_dict.placeholder(bool)  # lstm_lm: softmax = embedding
   # Equal blocks in one compiled loop: compiles faster, slower on a CPU.
   model.scan = config_dict.placeholder(bool)

@@ -251,12 +251,13 @@ class LSTMLM(nn.Module):
       bias = self.param("softmax_bias", nn.initializers.zeros, shape)
       logits = embedding.attend(x).astype(jnp.float32) + bias[None, None]
     else:
-      logits = layers.QuantDense(
-        self.num_classes,
-        kernel_init=init,
-        quantization=self.quantization if self.quantize_all else None,
-        name="softmax",
-        **options,
+      dense = nn.Dense
+      if self.quantize_all and self.quantization is not None:
+        dense = functools.partial(
+          layers.QuantDense, quantization=self.quantization
+        )
+      logits = dense(
+        self.num_classes, kernel_init=init, name="softmax", **options
       )(x).astype(jnp.float32)
     return _log_softmax(logits, targets), tuple(states)
 

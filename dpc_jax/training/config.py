@@ -87,7 +87,12 @@ def _validate_model(config) -> None:
       model[name] is None or model[name] >= 1,
       "must be at least 1",
     )
-  for name in ("dropout", "attention_dropout"):
+  for name in (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "tail_dropout",
+  ):
     _check(
       config,
       f"model.{name}",

@@ -5,8 +5,8 @@ r"""Times a recipe's train step: float, static, DPC, DPC with 8-bit storage.
 
 All variants take the same batch and are timed in turns, so that what else the
 machine does hits all of them; a ratio is the median over rounds of a variant's
-time to the float step's time in the same round. Images are random, of the data
-set's shape: no data set is needed. Memory is what the compiled program asks
+time to the float step's time in the same round. The data is made up, in the
+data set's form: no files are needed. Memory is what the compiled program asks
 for: arguments, results and temporaries, less what they share.
 """
 
@@ -22,13 +22,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 
 from dpc_jax.analysis import report
-from dpc_jax.data import pipeline, sources
 from dpc_jax.training import build, sharding, summary
-from dpc_jax.training import config as config_lib
 from experiments import cli
 
 _ROUNDS = flags.DEFINE_integer(
@@ -36,13 +33,8 @@ _ROUNDS = flags.DEFINE_integer(
 )
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps per timing.", lower_bound=1)
 
-# Image shape and classes of each data set.
-_SHAPES = {
-  "digits": ((8, 8, 1), 10),
-  "cifar10": ((32, 32, 3), 10),
-  "cifar100": ((32, 32, 3), 100),
-}
 _MIB = 2**20
+_INPUT_STEPS = 30
 
 
 class Variant(NamedTuple):
@@ -72,29 +64,6 @@ def variants(config: Any) -> dict[str, Any]:
     variant.precision.storage_bits = storage
     configs[label] = variant
   return configs
-
-
-def random_images(name: str, count: int) -> sources.ImageData:
-  """Random images of a data set's shape, under its name."""
-  if name not in _SHAPES:
-    raise config_lib.ConfigError(
-      f"config.data.name = {name!r}: use one of {', '.join(_SHAPES)}"
-    )
-  shape, classes = _SHAPES[name]
-  rng = np.random.default_rng(0)
-  split = sources.Split(
-    rng.integers(0, 256, (count, *shape), np.uint8),
-    rng.integers(0, classes, count, np.int32),
-  )
-  return sources.ImageData(
-    splits={"train": split, "test": split},
-    num_classes=classes,
-    image_shape=shape,
-    mean=(0.5,) * shape[-1],
-    std=(0.25,) * shape[-1],
-    class_names=tuple(map(str, range(classes))),
-    augment=name != "digits",
-  )
 
 
 def compile_variant(parts: build.Parts) -> Variant:
@@ -130,39 +99,38 @@ def time_in_turns(
   return seconds
 
 
-def input_rate(data: sources.ImageData, batch_size: int) -> float:
-  """Images/s of the host's input alone: order, gather, copy to the device."""
-  batches = pipeline.TrainBatches(
-    data.splits["train"], batch_size=batch_size, seed=0
-  )
+def input_rate(parts: build.Parts) -> float:
+  """Rows/s of the host's input alone, the copy to the device included."""
   rates = []
-  for step in range(30):
-    start = time.perf_counter()
-    jax.block_until_ready(jax.device_put(batches.batch(step)))
-    rates.append(batch_size / (time.perf_counter() - start))
+  batches = parts.feed.train(0, _INPUT_STEPS)
+  start = time.perf_counter()
+  for rows in batches:
+    jax.block_until_ready(sharding.put_batch(rows, parts.mesh))
+    now = time.perf_counter()
+    rates.append(parts.config.batch_size / (now - start))
+    start = now
   return statistics.median(rates)
 
 
 def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
   """The measurements of one recipe, as they go into the JSON file."""
-  data = random_images(config.data.name, max(2048, config.batch_size))
+  config.data.fake = True
   config.data.holdout = 0
   # All are built first: a mistake in the last must not cost the first's time.
   built = {
-    label: build.build(variant, data)
-    for label, variant in variants(config).items()
+    label: build.build(variant) for label, variant in variants(config).items()
   }
   compiled = {}
   for label, parts in built.items():
     print(f"compiling {label}", flush=True)
     compiled[label] = compile_variant(parts)
-  rows = pipeline.TrainBatches(
-    data.splits["train"], batch_size=config.batch_size, seed=0
-  ).batch(0)
+  rows = next(parts.feed.train(0, 1))
   seconds = time_in_turns(
     compiled, sharding.put_batch(rows, parts.mesh), rounds, steps
   )
   base = next(iter(compiled))
+  unit = parts.task.unit
+  per_row = 1 if unit == "images" else config.data.unroll
   results = {}
   for label, variant in compiled.items():
     ratios = [
@@ -175,7 +143,7 @@ def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
       "ratio": statistics.median(ratios),
       "ratio_quartiles": [low, high],
       "milliseconds": 1e3 * median,
-      "images_per_second": config.batch_size / median,
+      f"{unit}_per_second": config.batch_size * per_row / median,
       "compile_seconds": variant.compile_seconds,
       "peak_mib": variant.peak_bytes / _MIB,
       "peak_ratio": variant.peak_bytes / compiled[base].peak_bytes,
@@ -183,10 +151,11 @@ def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
     }
   return summary.environment(parts.mesh) | {
     "model": config.model.name,
+    "unit": unit,
     "batch_size": config.batch_size,
     "rounds": rounds,
     "steps_per_round": steps,
-    "input_images_per_second": input_rate(data, config.batch_size),
+    f"input_{unit}_per_second": per_row * input_rate(parts),
     "variants": results,
   }
 
@@ -203,12 +172,13 @@ def main() -> None:
   path = pathlib.Path(cli.FLAGS.workdir) / name
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(results, indent=2) + "\n")
+  unit = results["unit"]
   header = (
     "train step",
     "time/float",
     "quartiles",
     "ms",
-    "images/s",
+    f"{unit}/s",
     "compile s",
     "peak MiB",
     "peak/float",
@@ -219,7 +189,7 @@ def main() -> None:
       f"{r['ratio']:.2f}",
       "{:.2f}..{:.2f}".format(*r["ratio_quartiles"]),
       f"{r['milliseconds']:.1f}",
-      f"{r['images_per_second']:,.0f}",
+      f"{r[f'{unit}_per_second']:,.0f}",
       f"{r['compile_seconds']:.1f}",
       f"{r['peak_mib']:,.0f}",
       f"{r['peak_ratio']:.2f}",
@@ -231,7 +201,8 @@ def main() -> None:
     f" {results['device']}\n"
   )
   print(report.text_table(table, header))
-  print(f"\ninput alone: {results['input_images_per_second']:,.0f} images/s")
+  rate = results[f"input_{unit}_per_second"]
+  print(f"\ninput alone: {rate:,.0f} {unit}/s")
   print(f"written: {path}")
 
 

@@ -4,8 +4,7 @@ import statistics
 
 import pytest
 
-from configs import digits_resnet8
-from dpc_jax.training import config as config_lib
+from configs import digits_resnet8, ptb_lstm_tiny
 from experiments.bench import step
 
 
@@ -56,9 +55,14 @@ def test_each_variant_is_what_its_label_says():
   assert list(step.variants(config)) == ["float", "static10", "dpc"]
 
 
-def test_unknown_images_are_refused():
-  with pytest.raises(config_lib.ConfigError, match="'mnist': use one of dig"):
-    step.random_images("mnist", 8)
+def test_text_is_counted_in_tokens():
+  config = ptb_lstm_tiny.get_config("dpc,smoke")
+  results = step.measure(config, rounds=2, steps=1)
+  assert results["unit"] == "tokens" and results["input_tokens_per_second"] > 0
+  for figures in results["variants"].values():
+    # 8 rows of 16 tokens.
+    rate = 8 * 16 / figures["milliseconds"] * 1e3
+    assert figures["tokens_per_second"] == pytest.approx(rate)
 
 
 def test_variants_take_turns():

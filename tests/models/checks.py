@@ -32,6 +32,8 @@ from dpc_jax.quant import grids, precision
 # Updated by a training step, where a model has them.
 STATISTICS = ("batch_stats", "quant_stats")
 KEY = jax.random.key(1)
+# For what is called once or twice: to compile it well takes longer.
+FAST = {"xla_backend_optimization_level": 0}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +83,8 @@ def initial(case: Case, model: nn.Module) -> dict[str, Any]:
   """Initial variables; the same for equal models."""
   # Threefry's initial values would take longer to compile than all else.
   key = jax.random.key(0, impl="rbg")
-  return jax.jit(model.init)(key, *case.inputs(case.batch))
+  init = jax.jit(model.init, compiler_options=FAST)
+  return init(key, *case.inputs(case.batch))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -160,8 +163,7 @@ def check_batch_of_one(case: Case, **sizes: Any) -> None:
   """A training step on a single sample is finite."""
   model = case.build(**sizes)
   lowered = step.lower(case, model, initial(case, model), case.inputs(1), KEY)
-  # Called once: to compile it well takes longer than to run it.
-  compiled = lowered.compile({"xla_backend_optimization_level": 0})
+  compiled = lowered.compile(FAST)
   assert_finite(compiled(initial(case, model), case.inputs(1), KEY))
 
 

@@ -522,3 +522,33 @@ def test_mistakes_are_named():
     carry=model.initial_carry(3),
   )
   refused("dropout = 1.0: must be in", tokens, model=CASE.build(dropout=1.0))
+
+
+@pytest.mark.parametrize("bits", [5, 32])
+def test_the_softmax_is_quantized_on_request(bits):
+  """At 32 bits it is the float model, at fewer its widths are in effect."""
+  create = functools.partial(models.create, "lstm_lm", num_classes=11, width=4)
+  tokens = jnp.arange(12).reshape(3, 4) % 11
+  model = create(quantize_all=True)
+  plain = create(quantization=None, quantize_all=True)
+  variables = jax.jit(model.init)(jax.random.key(0, impl="rbg"), tokens)
+  assert set(precision.layer_bits(variables)) == {
+    "lstm0/input",
+    "lstm0/recurrent",
+    "lstm1/input",
+    "lstm1/recurrent",
+    "softmax",
+  }
+  all_32 = dict.fromkeys(precision.layer_bits(variables), 32)
+  variables = precision.assign_bits(variables, all_32 | {"softmax": bits})
+  got, _ = jax.jit(model.apply)(variables, tokens)
+  want, _ = jax.jit(plain.apply)({"params": variables["params"]}, tokens)
+  assert np.array_equal(got, want) == (bits == 32)
+
+
+def test_a_tied_softmax_stays_in_float():
+  model = models.create(
+    "lstm_lm", num_classes=11, width=4, tied=True, quantize_all=True
+  )
+  with pytest.raises(ValueError, match="quantize_all = True: a tied softmax"):
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
