@@ -12,6 +12,7 @@ from dpc_jax.models import (
   mobilenet_v2,
   resnet,
   resnet_imagenet,
+  stacking,
   transformer,
   vit,
   wide_resnet,
@@ -19,6 +20,9 @@ from dpc_jax.models import (
 from dpc_jax.quant import grids
 
 DEFAULT_QUANTIZATION = grids.Quantization()
+
+stack_blocks = stacking.stack_blocks
+unstack_blocks = stacking.unstack_blocks
 
 # Names of the models that read tokens, not images.
 LANGUAGE_MODELS = ("lstm_lm", "transformer_lm")

@@ -67,14 +67,8 @@ class QuantLSTMCell(nn.RNNCellBase):
 
   def setup(self):
     """Makes the layers `input` and `recurrent`."""
-    if self.quantization is None:
-      dense = nn.Dense
-    else:
-      dense = functools.partial(
-        layers.QuantDense, quantization=self.quantization
-      )
     dense = functools.partial(
-      dense,
+      _dense(self.quantization),
       4 * self.features,
       kernel_init=uniform(self.features),
       dtype=self.dtype,
@@ -251,11 +245,7 @@ class LSTMLM(nn.Module):
       bias = self.param("softmax_bias", nn.initializers.zeros, shape)
       logits = embedding.attend(x).astype(jnp.float32) + bias[None, None]
     else:
-      dense = nn.Dense
-      if self.quantize_all and self.quantization is not None:
-        dense = functools.partial(
-          layers.QuantDense, quantization=self.quantization
-        )
+      dense = _dense(self.quantization if self.quantize_all else None)
       logits = dense(
         self.num_classes, kernel_init=init, name="softmax", **options
       )(x).astype(jnp.float32)
@@ -303,6 +293,13 @@ def uniform(width: int) -> nn.initializers.Initializer:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
   return init
+
+
+def _dense(quantization: grids.Quantization | None) -> Any:
+  """Constructor of a dense layer, plain or quantized."""
+  if quantization is None:
+    return nn.Dense
+  return functools.partial(layers.QuantDense, quantization=quantization)
 
 
 def _log_softmax(logits, targets):
