@@ -64,6 +64,11 @@ def bits_per_layer(
   top.legend(loc="lower left", ncols=len(runs), frameon=False)
   bottom.bar(x, sizes, color="#999999", width=0.7)
   bottom.set_yscale("log")
+  # Room below the smallest layer, or its bar would have no height; attention
+  # products have no weights and no bar.
+  weighty = [size for size in sizes if size > 0]
+  if weighty:
+    bottom.set_ylim(bottom=min(weighty) / 3)
   bottom.set_ylabel("weights, $N_k$")
   if len(x) <= _NAMED_LAYERS:
     bottom.set_xticks(x, names, rotation=40, ha="right", fontsize=8)
