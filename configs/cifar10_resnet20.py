@@ -5,6 +5,7 @@ r"""ResNet-20 on CIFAR-10, CPT's recipe: 64,000 steps, x0.1 at 32k and 48k.
 
 Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
 Not run at full length here, and its time not measured on any hardware.
+No published figure of DPC or CPT is known to us.
 Bounds: CPT's for CIFAR, 3..8.
 5,000 training images are held out for every choice; to compare with published
 figures, fix the choices first and add --config.data.holdout=0.

@@ -18,7 +18,7 @@ from configs import default
 
 def get_config(argument: str = "dpc") -> ml_collections.ConfigDict:
   config = default.get_config(argument)
-  config.epochs = 200.0
+  config.steps = 70_312  # 200 epochs of 45,000 images
   config.batch_size = 128
   config.data.name = "cifar10"
   config.data.holdout = 5_000

@@ -4,8 +4,9 @@ A field whose default is "none" is a placeholder: it can be set on the command
 line, `--config.epochs=2`, and left out it means what its comment says.
 
 The argument of a recipe, after the colon, is a method, or METHOD,smoke: the
-same code on tiny shapes and made-up data, in seconds, to see that all of it
-works on a machine. A smoke run's figures mean nothing.
+same model and loop on tiny shapes and made-up data, in seconds, to see that
+all of it works on a machine. To compile fast it scans equal blocks where the
+model can, and it decodes in threads. A smoke run's figures mean nothing.
 """
 
 from typing import Any
@@ -67,7 +68,8 @@ def finish(
     config.data.holdout = 16
   if config.data.image_size is not None:
     config.data.image_size = 32
-  config.data.unroll = min(config.data.unroll, 16)
+  if config.data.unroll is not None:
+    config.data.unroll = 16
   config.model.update(sizes)
   return config
 
@@ -90,14 +92,16 @@ def _data() -> ml_collections.ConfigDict:
   # Training images held out for every choice ("validation"); the test set is
   # for reporting. Text comes with a validation split of its own: 0.
   data.holdout = 0
-  # Random crop and flip on the device; none: what the data set's recipe says.
-  # ImageNet's crops are taken while decoding, whatever this says.
+  # Images in memory: random crop and flip on the device; none: as the data
+  # set's recipe says. ImageNet's crops are taken while decoding.
   data.augment = config_dict.placeholder(bool)
-  # Height and width of ImageNet's crops.
+  # Height and width of ImageNet's crops; none: 224.
   data.image_size = config_dict.placeholder(int)
-  # Processes that decode ImageNet; none: threads of this process.
+  # Processes that decode ImageNet's training images; none: threads of this
+  # process. It changes no pixel, and a run may go on with another number.
   data.workers = config_dict.placeholder(int)
-  data.unroll = 35  # text: tokens of a row that a step sees
+  # Text: tokens of a row that a step sees; it must be set there.
+  data.unroll = config_dict.placeholder(int)
   data.fake = False  # made-up data of the set's form: needs no files
   return data
 

@@ -19,7 +19,7 @@ from configs import default
 
 def get_config(argument: str = "dpc") -> ml_collections.ConfigDict:
   config = default.get_config(argument)
-  config.epochs = 120.0
+  config.steps = 595_860  # 120 epochs of 1,271,167 images
   config.batch_size = 256
   config.eval_batch_size = 256
   config.eval_every = 5_000

@@ -6,6 +6,7 @@ r"""ResNet-50 (v1.5) on ImageNet, CPT's recipe: 120 epochs, x0.1 every 30.
 Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
 Not run here: no ImageNet, no accelerator; only its input was measured
 (README).
+No published low-precision figure is known to us.
 Bounds: CPT's for ImageNet, 4..8.
 10,000 training images are held out for every choice; to compare with published
 figures, fix the choices first and add --config.data.holdout=0.

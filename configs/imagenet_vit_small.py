@@ -7,6 +7,7 @@ Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
 The paper names vision transformers as future work: the recipe is ours and not
 tuned. Not run here: no ImageNet, no accelerator; only its input was measured
 (README).
+No published figure.
 Bounds: CPT's for ImageNet, 4..8.
 10,000 training images are held out for every choice; to compare with published
 figures, fix the choices first and add --config.data.holdout=0.
@@ -19,7 +20,7 @@ from configs import default
 
 def get_config(argument: str = "dpc") -> ml_collections.ConfigDict:
   config = default.get_config(argument)
-  config.epochs = 300.0
+  config.steps = 372_412  # 300 epochs of 1,271,167 images
   config.batch_size = 1024
   config.eval_batch_size = 256
   config.eval_every = 5_000

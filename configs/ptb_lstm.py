@@ -21,7 +21,7 @@ from configs import default
 
 def get_config(argument: str = "dpc") -> ml_collections.ConfigDict:
   config = default.get_config(argument)
-  config.epochs = 40.0
+  config.steps = 53_120  # 40 epochs
   config.batch_size = 20
   config.eval_batch_size = 20
   config.eval_every = 1_328  # an epoch

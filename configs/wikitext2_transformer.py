@@ -4,8 +4,8 @@ r"""A two-layer Transformer of width 128 on WikiText-2: minutes on a laptop.
     --workdir=runs/wikitext2_transformer_dpc --config.data.dir=DIR
 
 Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
-The README's table has the figures and the time. Bounds: CPT's for
-Transformers, 4..8.
+The README's table has the figures and the time. No published figure: the
+model is ours. Bounds: CPT's for Transformers, 4..8.
 DIR holds the prepared set or the plain text files (README).
 """
 

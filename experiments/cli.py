@@ -11,6 +11,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from dpc_jax.data import prepared
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import loop
 
@@ -54,7 +55,7 @@ def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
   """Parses the flags, calls `main`, and returns the exit code.
 
   0: done, or stopped by SIGTERM and saved, or --help. 1: the loss diverged. 2:
-  a user's mistake, in one line. 130: interrupted by Ctrl-C.
+  a user's mistake, or damaged data, in one line. 130: interrupted by Ctrl-C.
   """
   if any(arg in _HELP for arg in argv[1:]):
     print(_help(main))
@@ -67,7 +68,7 @@ def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
     return _fail(mistake, 2)
   try:
     return main() or 0
-  except config_lib.ConfigError as error:
+  except (config_lib.ConfigError, prepared.DataError) as error:
     return _fail(str(error), 2)
   except loop.DivergedError as error:
     return _fail(str(error), 1)

@@ -62,14 +62,7 @@ def bits_per_layer(
   top.yaxis.get_major_locator().set_params(integer=True)
   top.grid(axis="y", alpha=0.3)
   top.legend(loc="lower left", ncols=len(runs), frameon=False)
-  bottom.bar(x, sizes, color="#999999", width=0.7)
-  bottom.set_yscale("log")
-  # Room below the smallest layer, or its bar would have no height; attention
-  # products have no weights and no bar.
-  weighty = [size for size in sizes if size > 0]
-  if weighty:
-    bottom.set_ylim(bottom=min(weighty) / 3)
-  bottom.set_ylabel("weights, $N_k$")
+  _draw_sizes(bottom, x, sizes)
   if len(x) <= _NAMED_LAYERS:
     bottom.set_xticks(x, names, rotation=40, ha="right", fontsize=8)
   else:
@@ -77,6 +70,17 @@ def bits_per_layer(
   for axis in (top, bottom):
     axis.spines[["top", "right"]].set_visible(False)
   figure.savefig(path, dpi=150)
+
+
+def _draw_sizes(axis, x, sizes):
+  """Bars of N_k; attention products have no weights and no bar."""
+  axis.bar(x, sizes, color="#999999", width=0.7)
+  axis.set_yscale("log")
+  axis.set_ylabel("weights, $N_k$")
+  weighty = [size for size in sizes if size > 0]
+  if weighty:
+    # Room below the smallest layer, or its bar would have no height.
+    axis.set_ylim(bottom=min(weighty) / 3)
 
 
 def _unstacked(capacities, runs):

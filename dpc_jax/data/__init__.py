@@ -6,8 +6,9 @@ batched by the same names in `pipeline` and `imagenet`, text in
 `token_batches`.
 """
 
-from dpc_jax.data import imagenet, pipeline, preprocess, sources
+from dpc_jax.data import imagenet, pipeline, prepared, preprocess, sources
 
+DataError = prepared.DataError
 TrainBatches = pipeline.TrainBatches
 eval_batches = pipeline.eval_batches
 augment = preprocess.augment
@@ -20,6 +21,7 @@ known = sources.known
 load = sources.load
 
 __all__ = [
+  "DataError",
   "ImageData",
   "Split",
   "StreamedImages",

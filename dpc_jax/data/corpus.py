@@ -20,7 +20,6 @@ from dpc_jax.data import prepared, text_files
 EOS = "<eos>"
 UNK = "<unk>"
 
-_RECORDS_PER_READ = 2048
 _TOKENS_PER_CHUNK = 2**18
 
 # The synthetic corpus: words, lines of each split, and how often a word is
@@ -74,7 +73,7 @@ def load(
   them plain ones, each perhaps with .gz: DIR/ptb/ptb.{train,valid,test}.txt,
   DIR/wikitext2/wiki.{train,valid,test}.tokens, or {train,valid,test}.txt in
   either; folders may also be called wikitext-2 and wikitext-103. Plain files
-  are checked by their checksum, and both by their number of tokens.
+  are checked by their checksum, and both by their number of tokens and words.
 
   Lines are read one at a time and numbered in place, so that memory is little
   more than the result's 4 bytes per token. WikiText-2 fifty times over, 104 M
@@ -93,7 +92,8 @@ def load(
 
   Raises:
     ValueError: an unknown name, a file that is not the canonical one or is
-      damaged, or prepared data in another format than array_record.
+      damaged (`prepared.DataError` if a shard), or prepared data in another
+      format than array_record.
     FileNotFoundError: the corpus, or a part of it, is not in the folder.
     ModuleNotFoundError: tensorflow_datasets or array_record is not installed;
       plain files need neither.
@@ -109,7 +109,7 @@ def load(
 
 
 def _read(name: str, data_dir: str | os.PathLike[str] | None) -> TextData:
-  """Reads prepared or plain files, and checks the number of tokens."""
+  """Reads prepared or plain files, and checks the numbers of tokens, words."""
   origin, root = prepared.data_root(name, data_dir)
   if prepared.version_dirs(root, name):
     folder = prepared.find(name, data_dir)
@@ -118,12 +118,18 @@ def _read(name: str, data_dir: str | os.PathLike[str] | None) -> TextData:
   else:
     data = _number(name, _plain_lines(name, origin, root))
     remedy = "its files have the right checksums, so please report this"
-  for split, count in text_files.CORPORA[name].tokens.items():
+  known_as = text_files.CORPORA[name]
+  for split, count in known_as.tokens.items():
     if len(data.splits[split]) != count:
       raise ValueError(
         f"data.name={name!r}: {split} has {len(data.splits[split])} tokens "
         f"instead of {count}; {remedy}"
       )
+  if data.num_classes != known_as.words:
+    raise ValueError(
+      f"data.name={name!r}: train has {data.num_classes} different words "
+      f"instead of {known_as.words}; {remedy}"
+    )
   return data
 
 
@@ -147,23 +153,15 @@ def _plain_lines(
 def _prepared_lines(
   name: str, folder: pathlib.Path
 ) -> dict[str, collections.abc.Iterator[str]]:
-  builder = prepared.open_builder(name, folder, text_files.SPLITS)
+  prepared.open_builder(name, folder, text_files.SPLITS)
   return {
-    split: _records(name, folder, builder.as_data_source(split))
+    split: _texts(prepared.Records(name, folder, split, encoded="text"))
     for split in text_files.SPLITS
   }
 
 
-def _records(
-  name: str, folder: pathlib.Path, source: collections.abc.Sequence
-) -> collections.abc.Iterator[str]:
-  """Iterates over a prepared split, in blocks: faster than one by one."""
-  for start in range(0, len(source), _RECORDS_PER_READ):
-    rows = range(start, min(start + _RECORDS_PER_READ, len(source)))
-    with prepared.one_line_if_damaged(name, folder):
-      block = source.__getitems__(list(rows))
-    for record in block:
-      yield record["text"].decode("utf-8")
+def _texts(records: prepared.Records) -> collections.abc.Iterator[str]:
+  return (record["text"].decode() for record in prepared.in_order(records))
 
 
 def _number(

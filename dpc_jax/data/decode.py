@@ -5,12 +5,17 @@ Pixels do not depend on threads or processes: what is random here is a function
 of the uniform numbers that the caller draws.
 """
 
+import collections.abc
+import contextlib
 import importlib
 import io
 import math
+import struct
 import typing
 
 import numpy as np
+
+from dpc_jax.data import prepared
 
 SCALE = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
@@ -18,12 +23,39 @@ _TRIES = 10
 # One for the flip; area, ratio, row and column of each try.
 UNIFORMS = 1 + 4 * _TRIES
 
-# What Pillow raises on bytes that are no image, or a damaged one.
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
+# What Pillow raises on bytes that are no image, or a damaged one, beside its
+# own DecompressionBombError.
+_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
 
-class DamagedImageError(ValueError):
+class DamagedImageError(prepared.DataError):
   """Bytes that are not an image, or a damaged one."""
+
+
+@contextlib.contextmanager
+def naming(
+  name: str, record_set: str, row: int
+) -> collections.abc.Iterator[None]:
+  """Names the image in the error over a damaged one.
+
+  Args:
+    name: of the data set.
+    record_set: tfds' name of the split.
+    row: the image's place in it.
+
+  Yields:
+    Nothing: decode inside the `with`.
+
+  Raises:
+    prepared.DataError: in place of a DamagedImageError, in one line.
+  """
+  try:
+    yield
+  except DamagedImageError as error:
+    raise prepared.DataError(
+      f"data.name={name!r}: image {row} of tfds' split {record_set!r} cannot "
+      f"be decoded ({error}); prepare the data set anew"
+    ) from error
 
 
 def crop_box(
@@ -111,6 +143,29 @@ def eval_image(encoded: bytes, *, image_size: int) -> np.ndarray:
   return np.array(resized.crop(box))
 
 
+def whole_image(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+  """Decodes an image whose size is known.
+
+  Args:
+    encoded: a file that Pillow reads: JPEG or PNG, of any color space.
+    shape: (H, W, 3).
+
+  Returns:
+    uint8, (H, W, 3), RGB.
+
+  Raises:
+    DamagedImageError: the bytes are not an image of this size, or a damaged
+      one.
+  """
+  image = _decode(encoded)
+  height, width, _ = shape
+  if image.size != (width, height):
+    raise DamagedImageError(
+      f"{image.width}x{image.height} pixels instead of {width}x{height}"
+    )
+  return np.asarray(image)
+
+
 def _decode(encoded: bytes) -> typing.Any:
   pillow = importlib.import_module("PIL.Image")
   try:
@@ -119,7 +174,7 @@ def _decode(encoded: bytes) -> typing.Any:
     return pillow.open(io.BytesIO(encoded)).convert("RGB")
   except pillow.UnidentifiedImageError as error:  # its text is an address
     raise DamagedImageError("not an image file") from error
-  except _PILLOW_ERRORS as error:
+  except (*_PILLOW_ERRORS, pillow.DecompressionBombError) as error:
     raise DamagedImageError(" ".join(str(error).split())) from error
 
 

@@ -13,7 +13,7 @@ import typing
 import numpy as np
 
 _TRAIN, _TEST = 512, 128
-_IMAGENET_TRAIN, _IMAGENET_TEST = 64, 32
+_IMAGENET_TRAIN, _IMAGENET_TEST = 64, 30  # the last batch is not full
 _IMAGENET_CLASSES, _IMAGENET_USED = 1000, 8
 _SEEDS = {"patterns": 20, "train": 21, "test": 22}
 _CELLS = 4  # rows and columns of a pattern

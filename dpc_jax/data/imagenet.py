@@ -186,13 +186,15 @@ class TrainBatches:
       process_count: None takes `jax.process_count()`.
 
     Raises:
-      ValueError: an argument outside these ranges.
+      ValueError: an argument outside these ranges, or too little shared memory
+        for the workers.
       ModuleNotFoundError: grain is not installed.
     """
     size, first_row = pipeline.local_rows(
       split, batch_size, process_index, process_count
     )
-    _check(image_size, workers)
+    _check_size(image_size)
+    parallel.check_workers(workers, size * 3 * image_size**2)
     self.batch_size = batch_size
     self.local_batch_size = size
     self._workers = workers
@@ -210,7 +212,8 @@ class TrainBatches:
       'image', uint8 (B/n, S, S, 3), and 'label', int32 (B/n,).
 
     Raises:
-      ValueError: a negative step, or a damaged image, by split and index.
+      ValueError: a negative step.
+      prepared.DataError: a damaged image, by split and index, or shard.
     """
     return self._batches(step, int(step) + 1)[0]
 
@@ -229,14 +232,14 @@ class TrainBatches:
       stop: the step after the last one, at least `start`.
 
     Returns:
-      An iterator of batches; closing it stops the workers.
+      A generator of batches; closing it stops the workers.
 
     Raises:
-      ValueError: at the call, for steps out of range or too little shared
-        memory; later, for a damaged image, by split and index.
+      ValueError: at the call, for steps out of range.
+      prepared.DataError: later, for a damaged image, by split and index, or
+        shard.
     """
-    batches = self._batches(start, stop)
-    return parallel.run(batches, self._workers, self._example.bytes)
+    return parallel.run(self._batches(start, stop), self._workers)
 
   def _batches(self, start: int, stop: int) -> typing.Any:
     """The batches of some steps as a grain MapDataset."""
@@ -252,7 +255,6 @@ def eval_batches(
   *,
   batch_size: int,
   image_size: int = 224,
-  workers: int | None = None,
   process_index: int | None = None,
   process_count: int | None = None,
 ) -> collections.abc.Iterator[dict[str, np.ndarray]]:
@@ -262,35 +264,35 @@ def eval_batches(
   out, as in torchvision. Every process yields ceil(N / B) batches, and gets
   the same contiguous rows of each global batch as in training. The last batch
   is filled up with zero images of label 0 and mask 0: sums weighted by the
-  mask are exact.
+  mask are exact. Up to 16 threads of this process decode, one for each of its
+  cores: worker processes would start anew for every split and evaluation.
 
   Args:
     split: the images, at least one.
     batch_size: rows of the global batch, a multiple of `process_count`.
     image_size: rows and columns of a decoded image, S, at least 1.
-    workers: as for `TrainBatches`.
     process_index: None takes `jax.process_index()`.
     process_count: None takes `jax.process_count()`.
 
   Returns:
-    An iterator of 'image', uint8 (B/n, S, S, 3), 'label', int32 (B/n,), and
+    A generator of 'image', uint8 (B/n, S, S, 3), 'label', int32 (B/n,), and
     'mask', float32 (B/n,), 1 for an image and 0 for filling.
 
   Raises:
-    ValueError: at the call, for an argument outside these ranges; later, for a
-      damaged image, by split and index.
+    ValueError: at the call, for an argument outside these ranges.
+    prepared.DataError: later, for a damaged image, by split and index, or
+      shard.
     ModuleNotFoundError: grain is not installed.
   """
   size, first_row = pipeline.local_rows(
     split, batch_size, process_index, process_count
   )
-  _check(image_size, workers)
+  _check_size(image_size)
   grain = prepared.require("grain", "evaluation input")
   rows = _Rows(batch_size, size, first_row)
   example = _EvalExample(split, rows, image_size)
   count = -(-len(split) // batch_size) * size
-  batches = grain.MapDataset.range(count).map(example).batch(size)
-  return parallel.run(batches, workers, example.bytes)
+  return parallel.run(grain.MapDataset.range(count).map(example).batch(size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,22 +317,9 @@ class _Example:
   rows: _Rows
   image_size: int
 
-  @property
-  def bytes(self) -> int:
-    """Of a batch's images."""
-    return self.rows.size * 3 * self.image_size**2
-
-  @contextlib.contextmanager
-  def naming(self, index: int) -> collections.abc.Iterator[None]:
+  def naming(self, index: int) -> contextlib.AbstractContextManager[None]:
     """Names the image in the error over a damaged one."""
-    try:
-      yield
-    except decode.DamagedImageError as error:
-      raise ValueError(
-        f"data.name={NAME!r}: image {self.split.row(index)} of tfds' split "
-        f"{self.split.record_set!r} cannot be decoded ({error}); "
-        "prepare the data set anew"
-      ) from error
+    return decode.naming(NAME, self.split.record_set, self.split.row(index))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -381,7 +370,6 @@ def _uniforms(seed: int, row: int) -> np.ndarray:
   return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def _check(image_size: int, workers: int | None) -> None:
+def _check_size(image_size: int) -> None:
   if image_size < 1:
     raise ValueError(f"image_size={image_size} is out of range; use at least 1")
-  parallel.check_workers(workers)

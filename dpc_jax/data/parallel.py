@@ -5,6 +5,7 @@ import collections.abc
 import gc
 import os
 import shutil
+import sys
 import typing
 import weakref
 
@@ -16,36 +17,59 @@ from dpc_jax.data import prepared
 _MAX_THREADS = 16
 _SHARED_MEMORY = "/dev/shm"
 _GRAIN_FLAG = "grain_enable_multiprocess_worker_profiling"
+_GRAIN_ARRAYS = "grain._src.python.ipc.shared_memory_array"
 # Of each worker: one in the making, one in its queue, and here one just taken
 # from there and one waiting.
 _BATCHES_PER_WORKER = 4
 
 
-def check_workers(workers: int | None) -> None:
-  """Raises ValueError unless `workers` is None or at least 1."""
-  if workers is not None and workers < 1:
+def check_workers(workers: int | None, batch_bytes: int) -> None:
+  """Checks that `run` can have its worker processes.
+
+  Args:
+    workers: processes; None: threads of this process, which need no check.
+    batch_bytes: of one batch, about.
+
+  Raises:
+    ValueError: fewer than one, or too little shared memory for them, which
+      would end in a bus error, with no line of explanation.
+  """
+  if workers is None:
+    return
+  if workers < 1:
     raise ValueError(
       f"data.workers={workers} is out of range; "
       "use at least 1, or None for threads"
     )
+  if not os.path.isdir(_SHARED_MEMORY):
+    return
+  needed = (_BATCHES_PER_WORKER * workers + 1) * batch_bytes
+  free = shutil.disk_usage(_SHARED_MEMORY).free
+  if free < needed:
+    raise ValueError(
+      f"data.workers={workers} needs {needed / 2**20:,.0f} MiB in "
+      f"{_SHARED_MEMORY}, which has {free / 2**20:,.0f} MiB free; use fewer "
+      "workers or a smaller batch, or give it more (docker run --shm-size)"
+    )
 
 
 def run(
-  batches: typing.Any, workers: int | None, batch_bytes: int
+  batches: typing.Any, workers: int | None = None
 ) -> collections.abc.Iterator[dict[str, np.ndarray]]:
   """Iterates over a grain MapDataset, computing elements ahead in parallel.
 
   Args:
     batches: the MapDataset; its elements are batches.
-    workers: processes, at least 1; None: threads of this process, as many as
-      it has cores and at most 16, one batch each and one more waiting.
-    batch_bytes: of one element, about.
+    workers: processes, as `check_workers` allows; None: threads of this
+      process, as many as it has cores and at most 16, one batch each and one
+      more waiting.
 
   Returns:
-    An iterator of the elements in order; closing it ends the parallel work.
+    A generator of the elements in order; closing it ends the parallel work.
 
   Raises:
-    ValueError: at the call, where shared memory is too small for `workers`.
+    prepared.DataError: later, the one that a thread or a worker process met,
+      in its one line, without grain's notes.
   """
   grain = prepared.require("grain", "input in parallel")
   if workers is None:
@@ -54,7 +78,6 @@ def run(
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     )
   else:
-    _check_shared_memory(workers, batch_bytes)
     _let_grain_read_its_flag()
     ahead = batches.to_iter_dataset(
       grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -70,16 +93,35 @@ def run(
 def _elements(
   dataset: typing.Any, in_processes: bool
 ) -> collections.abc.Iterator[dict[str, np.ndarray]]:
-  elements, element = iter(dataset), None
+  elements, element, damage = iter(dataset), None, None
   try:
     for element in elements:
       yield {name: _plain(array) for name, array in element.items()}
+  except prepared.DataError as error:
+    damage = str(error)
   finally:
     elements.close()
     if in_processes:
       # The errors that ended grain's threads hold their last batches in cycles.
       del elements, element
       gc.collect()
+      _wait_for_deletions()
+  # A new one: the traceback of the first holds batches of other workers, which
+  # would stay in shared memory when the program ends.
+  if damage:
+    raise prepared.DataError(damage)
+
+
+def _wait_for_deletions() -> None:
+  """Lets grain's thread unlink the shared memory of all collected batches.
+
+  A program that ends before complains of leaks. The thread, one and in order,
+  is grain 0.2.18's own affair: there is no public way to wait for it.
+  """
+  arrays = getattr(sys.modules.get(_GRAIN_ARRAYS), "SharedMemoryArray", None)
+  deleter = getattr(arrays, "_del_thread_pool", None)
+  if deleter is not None:
+    deleter.apply(int)  # comes after all that are pending
 
 
 def _close_all() -> None:
@@ -124,17 +166,3 @@ def _cores() -> int:
   if hasattr(os, "sched_getaffinity"):  # not on every system
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
-
-
-def _check_shared_memory(workers: int, batch_bytes: int) -> None:
-  """Refuses what would end in a bus error, with no line of explanation."""
-  if not os.path.isdir(_SHARED_MEMORY):
-    return
-  needed = (_BATCHES_PER_WORKER * workers + 1) * batch_bytes
-  free = shutil.disk_usage(_SHARED_MEMORY).free
-  if free < needed:
-    raise ValueError(
-      f"data.workers={workers} needs {needed / 2**20:,.0f} MiB in "
-      f"{_SHARED_MEMORY}, which has {free / 2**20:,.0f} MiB free; use fewer "
-      "workers or a smaller batch, or give it more (docker run --shm-size)"
-    )

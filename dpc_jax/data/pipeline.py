@@ -106,6 +106,9 @@ class TrainBatches:
       start: the first global step, from 0.
       stop: the step after the last one, at least `start`.
 
+    Returns:
+      A generator of batches.
+
     Raises:
       ValueError: at the call, for steps out of range.
     """
@@ -132,7 +135,7 @@ def eval_batches(
     process_count: None takes `jax.process_count()`.
 
   Returns:
-    An iterator of 'image', uint8 (B/n, H, W, C), 'label', int32 (B/n,), and
+    A generator of 'image', uint8 (B/n, H, W, C), 'label', int32 (B/n,), and
     'mask', float32 (B/n,), 1 for an image and 0 for filling.
 
   Raises:
@@ -195,6 +198,25 @@ def steps(start: int, stop: int) -> range:
   return range(int(start), int(stop))
 
 
+def process(index: int | None, count: int | None) -> tuple[int, int]:
+  """Returns this process's index and the number of processes.
+
+  Args:
+    index: None takes `jax.process_index()`.
+    count: None takes `jax.process_count()`.
+
+  Raises:
+    ValueError: an index outside 0..count-1.
+  """
+  index = jax.process_index() if index is None else index
+  count = jax.process_count() if count is None else count
+  if not 0 <= index < count:
+    raise ValueError(
+      f"process_index={index} is out of range; use 0..{count - 1}"
+    )
+  return index, count
+
+
 def local_rows(
   split: collections.abc.Sized,
   batch_size: int,
@@ -204,7 +226,7 @@ def local_rows(
   """Returns the rows per process and the first row of this one.
 
   Args:
-    split: the images, at least one.
+    split: the examples, at least one.
     batch_size: rows of the global batch, a multiple of `process_count`.
     process_index: None takes `jax.process_index()`.
     process_count: None takes `jax.process_count()`.
@@ -212,14 +234,9 @@ def local_rows(
   Raises:
     ValueError: an argument outside these ranges.
   """
-  index = jax.process_index() if process_index is None else process_index
-  count = jax.process_count() if process_count is None else process_count
+  index, count = process(process_index, process_count)
   if not len(split):
-    raise ValueError("the split has no images; give it at least one")
-  if not 0 <= index < count:
-    raise ValueError(
-      f"process_index={index} is out of range; use 0..{count - 1}"
-    )
+    raise ValueError("the split is empty; give it at least one example")
   if batch_size < 1 or batch_size % count:
     raise ValueError(
       f"batch_size={batch_size} does not divide over {count} "

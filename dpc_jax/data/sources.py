@@ -11,18 +11,15 @@ import collections.abc
 import dataclasses
 import functools
 import importlib
-import io
 import os
 import typing
 
 import numpy as np
 
-from dpc_jax.data import prepared
+from dpc_jax.data import decode, prepared, text_files
 
 if typing.TYPE_CHECKING:
   from dpc_jax.data import corpus, imagenet
-
-require = prepared.require
 
 # One seed for every split that this package makes, whatever the run's seed is.
 SPLIT_SEED = 1910355
@@ -32,8 +29,6 @@ _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 _CIFAR_STD = (0.2023, 0.1994, 0.2010)
 
 _DIGITS_TEST_COUNT = 360
-_RECORDS_PER_READ = 2048
-_TEXTS = ("ptb", "wikitext2", "wikitext103")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,7 +119,8 @@ def load(
 
   Raises:
     ValueError: an unknown name, a hold-out out of range, or a data set that is
-      damaged or in another format than array_record.
+      damaged (`prepared.DataError` if by an image or a shard) or in another
+      format than array_record.
     FileNotFoundError: the data set, or a part of it, is not in the folder.
     ModuleNotFoundError: a package that reads this set is not installed.
   """
@@ -134,7 +130,7 @@ def load(
     )
   if holdout < 0:
     raise ValueError(f"data.holdout={holdout} is negative; 0 holds out none")
-  if name in _TEXTS:
+  if name in text_files.CORPORA:
     return _load_text(name, data_dir, holdout, fake)
   data = _READERS[name](data_dir, fake)
   return _hold_out(data, holdout) if holdout else data
@@ -142,7 +138,7 @@ def load(
 
 def known() -> tuple[str, ...]:
   """Returns the names that `load` accepts, sorted."""
-  return tuple(sorted((*_READERS, *_TEXTS)))
+  return tuple(sorted((*_READERS, *text_files.CORPORA)))
 
 
 def _hold_out(data: typing.Any, count: int) -> typing.Any:
@@ -192,7 +188,7 @@ def _read_digits(
   if fake:
     train, test = (Split(*part) for part in _fake().digits())
   else:
-    datasets = require("sklearn.datasets", "data.name='digits'")
+    datasets = prepared.require("sklearn.datasets", "data.name='digits'")
     digits = datasets.load_digits()
     whole = Split(
       images=np.rint(digits.images * 15).astype(np.uint8)[..., np.newaxis],
@@ -219,7 +215,7 @@ def _read_cifar(
   num_classes: int,
 ) -> ImageData:
   """Reads a CIFAR set that tfds has prepared, official split and order."""
-  require("PIL", f"data.name={name!r}")
+  prepared.require("PIL", f"data.name={name!r}")
   if fake:
     records = _fake().cifar(num_classes)
     class_names = tuple(str(label) for label in range(num_classes))
@@ -233,7 +229,10 @@ def _read_cifar(
     }
   shape = (32, 32, 3)
   return ImageData(
-    splits={split: _decode(part, shape) for split, part in records.items()},
+    splits={
+      split: _decode(name, split, part, shape)
+      for split, part in records.items()
+    },
     num_classes=num_classes,
     image_shape=shape,
     mean=_CIFAR_MEAN,
@@ -271,21 +270,22 @@ def _fake() -> typing.Any:
 
 
 def _decode(
-  source: collections.abc.Sequence, shape: tuple[int, int, int]
+  name: str,
+  record_set: str,
+  records: collections.abc.Sequence,
+  shape: tuple[int, int, int],
 ) -> Split:
-  """Decodes a data source of encoded images into one array.
+  """Decodes all images of a split into one array.
 
-  Records are read in blocks, 4 times as fast as one by one. Two threads were
-  slower than one: images this small spend their time under Python's lock.
+  Two threads were slower than one: images this small spend their time under
+  Python's lock.
   """
-  pillow = importlib.import_module("PIL.Image")
-  images = np.empty((len(source), *shape), np.uint8)
-  labels = np.empty(len(source), np.int32)
-  for start in range(0, len(source), _RECORDS_PER_READ):
-    rows = range(start, min(start + _RECORDS_PER_READ, len(source)))
-    for row, record in zip(rows, source.__getitems__(list(rows)), strict=True):
-      images[row] = np.asarray(pillow.open(io.BytesIO(record["image"])))
-      labels[row] = record["label"]
+  images = np.empty((len(records), *shape), np.uint8)
+  labels = np.empty(len(records), np.int32)
+  for row, record in enumerate(prepared.in_order(records)):
+    with decode.naming(name, record_set, row):
+      images[row] = decode.whole_image(record["image"], shape)
+    labels[row] = record["label"]
   return Split(images=images, labels=labels)
 
 

@@ -21,6 +21,7 @@ archives' former address. Every text file is checked again by
 """
 
 import collections.abc
+import json
 import os
 import pathlib
 import socket
@@ -105,8 +106,10 @@ class _Lines(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   ) -> dict[str, pathlib.Path]:
     """Fetches the files, or what tfds has kept of an earlier download."""
     urls = text_files.CORPORA[self.name].urls
-    if not self._is_at_hand(dl_manager, urls["train"]):
-      _check_network(self.name, urls["train"])
+    at_hand = self._at_hand(dl_manager)
+    missing = [url for url in urls.values() if url not in at_hand]
+    if missing:  # all of a corpus are on one host
+      _check_network(self.name, missing[0])
     try:
       downloaded = dl_manager.download_and_extract(urls)
     except tfds.download.DownloadError as error:  # such as HTTP code 403
@@ -124,16 +127,19 @@ class _Lines(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       return paths
     return text_files.find(self.name, text_files.folders(self.name, archive))
 
-  def _is_at_hand(
-    self, dl_manager: tfds.download.DownloadManager, url: str
-  ) -> bool:
-    """Returns whether tfds has the file, or the user's copy of the archive."""
+  def _at_hand(self, dl_manager: tfds.download.DownloadManager) -> set[str]:
+    """Returns the URLs whose files tfds has kept or the user has put there."""
+    urls = set()
     kept = pathlib.Path(os.fspath(dl_manager.download_dir)) / self.name
-    archive = urllib.parse.urlsplit(url).path.rpartition("/")[2]
-    by_hand = self._manual_folders(dl_manager)[:1]
-    return any(kept.rglob("*.INFO")) or any(
-      (folder / archive).is_file() for folder in by_hand
-    )
+    for info in kept.rglob("*.INFO"):
+      if info.with_suffix("").is_file():
+        urls.update(json.loads(info.read_text("utf-8")).get("urls", ()))
+    for folder in self._manual_folders(dl_manager)[:1]:
+      for url in text_files.CORPORA[self.name].urls.values():
+        name = urllib.parse.urlsplit(url).path.rpartition("/")[2]
+        if (folder / name).is_file():
+          urls.add(url)
+    return urls
 
 
 class Ptb(_Lines):
@@ -193,8 +199,8 @@ def _check_network(name: str, url: str) -> None:
     socket.create_connection((parts.hostname, port), _CONNECT_SECONDS).close()
   except OSError as error:
     raise ConnectionError(
-      f"{name}: cannot reach {parts.hostname} ({error}), and the manual "
-      f"directory holds no file of it; {_by_hand(url)}"
+      f"{name}: cannot reach {parts.hostname} ({error}), and neither the "
+      f"manual directory nor an earlier download holds it; {_by_hand(url)}"
     ) from error
 
 

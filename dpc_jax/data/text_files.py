@@ -34,6 +34,7 @@ class Corpus:
     algorithm: of the checksums, as `hashlib` calls it.
     checksums: hex digest of each uncompressed file.
     tokens: words and line ends of each split.
+    words: different ones in the training split, the line end among them.
   """
 
   folders: tuple[str, ...]
@@ -42,10 +43,15 @@ class Corpus:
   algorithm: str
   checksums: dict[str, str]
   tokens: dict[str, int]
+  words: int
 
 
 def _wikitext(
-  size: str, algorithm: str, checksums: dict[str, str], train_tokens: int
+  size: str,
+  algorithm: str,
+  checksums: dict[str, str],
+  train_tokens: int,
+  words: int,
 ) -> Corpus:
   """The two sizes share their validation and test articles."""
   return Corpus(
@@ -55,13 +61,14 @@ def _wikitext(
     algorithm=algorithm,
     checksums=checksums,
     tokens={"train": train_tokens, "validation": 217646, "test": 245569},
+    words=words,
   )
 
 
 # The SHA-256 of PTB and WikiText-2 are of files whose MD5 torchtext and whose
 # SHA-1 gluon-nlp list. WikiText-103: gluon-nlp's SHA-1, its files were not at
-# hand. Tokens of PTB: Mikolov et al. 2010; of WikiText: Merity et al. 2016 and
-# the counts that Transformer-XL and fairseq print for WikiText-103.
+# hand. Tokens and words of PTB: Mikolov et al. 2010; of WikiText: Merity et al.
+# 2016 and the counts that Transformer-XL and fairseq print for WikiText-103.
 CORPORA = {
   "ptb": Corpus(
     folders=("ptb",),
@@ -80,6 +87,7 @@ CORPORA = {
       ),
     },
     tokens={"train": 929589, "validation": 73760, "test": 82430},
+    words=10000,
   ),
   "wikitext2": _wikitext(
     "2",
@@ -96,6 +104,7 @@ CORPORA = {
       ),
     },
     2088628,
+    33278,
   ),
   "wikitext103": _wikitext(
     "103",
@@ -106,6 +115,7 @@ CORPORA = {
       "test": "8a5befc548865cec54ed4273cf87dbbad60d1e47",
     },
     103227021,
+    267735,
   ),
 }
 

@@ -4,15 +4,19 @@ A split of N tokens is read as N pairs: the target is a token, the input is the
 token before it, and the first token's input is `eos` (our decision: so every
 token is scored, and the sum of losses over N is the split's exact loss). The
 pairs are cut into B contiguous rows of S = ceil(N / B), and the rows into
-windows of T. The ends, of the last window and of the last rows, are filled up
-with pairs of zeros that have mask 0.
+windows of T. What fills up the ends, of the last window and of the last rows,
+has mask 0 and is text all the same: the pairs that follow in the split, and
+after its last one those from its beginning (our decision: a range measured
+over a batch then sees ordinary words in ordinary places, not one word many
+times).
 """
 
 import collections.abc
 import math
 
-import jax
 import numpy as np
+
+from dpc_jax.data import pipeline
 
 
 class TrainBatches:
@@ -56,19 +60,14 @@ class TrainBatches:
       ValueError: an argument outside these ranges.
     """
     _check(tokens, "batch_size", batch_size, unroll, eos)
-    index, count = _process(process_index, process_count)
-    if batch_size % count:
-      raise ValueError(
-        f"batch_size={batch_size} does not divide over {count} processes; use "
-        f"a multiple of {count}"
-      )
+    self.local_batch_size, self._first_row = pipeline.local_rows(
+      tokens, batch_size, process_index, process_count
+    )
     self.batch_size = batch_size
-    self.local_batch_size = batch_size // count
     self.unroll = unroll
     self._tokens = tokens
     self._eos = eos
     self._row_length = -(-len(tokens) // batch_size)
-    self._first_row = index * self.local_batch_size
     self.windows = -(-self._row_length // unroll)
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
@@ -85,22 +84,32 @@ class TrainBatches:
     Raises:
       ValueError: a negative step.
     """
-    if step < 0:
-      raise ValueError(f"step={step} is negative; the first step is 0")
+    (step,) = pipeline.steps(step, int(step) + 1)
     return _window(
       self._tokens,
       self._eos,
       self._row_length,
       range(self._first_row, self._first_row + self.local_batch_size),
-      int(step) % self.windows,
+      step % self.windows,
       self.unroll,
     )
 
   def iterate(
     self, start: int, stop: int
   ) -> collections.abc.Iterator[dict[str, np.ndarray]]:
-    """Iterates over `batch(step)` for the steps start, ..., stop - 1."""
-    return map(self.batch, range(start, stop))
+    """Iterates over `batch(step)` of the steps from `start` to `stop` - 1.
+
+    Args:
+      start: the first global step, from 0.
+      stop: the step after the last one, at least `start`.
+
+    Returns:
+      A generator of batches.
+
+    Raises:
+      ValueError: at the call, for steps out of range.
+    """
+    return (self.batch(step) for step in pipeline.steps(start, stop))
 
 
 def eval_batches(
@@ -133,13 +142,13 @@ def eval_batches(
     process_count: None takes `jax.process_count()`.
 
   Returns:
-    An iterator of dicts as `TrainBatches.batch` returns, of R/n rows.
+    A generator of dicts as `TrainBatches.batch` returns, of R/n rows.
 
   Raises:
     ValueError: at the call, for an argument outside these ranges.
   """
   _check(tokens, "rows", rows, unroll, eos)
-  index, count = _process(process_index, process_count)
+  index, count = pipeline.process(process_index, process_count)
   if multiple < 1:
     raise ValueError(f"multiple={multiple} is below 1; 1 adds no rows")
   block = math.lcm(multiple, count)
@@ -160,16 +169,16 @@ def _window(
   window: int,
   unroll: int,
 ) -> dict[str, np.ndarray]:
-  """Returns one window of some rows; rows past the end are filling."""
+  """Returns one window of some rows; rows past the end are filling alone."""
   offsets = window * unroll + np.arange(unroll)
   starts = np.array(rows, np.int64) * row_length
   places = starts[:, np.newaxis] + offsets[np.newaxis]
   valid = (offsets < row_length)[np.newaxis] & (places < len(tokens))
-  places = np.where(valid, places, 0)
+  places %= len(tokens)
   inputs = np.where(places > 0, tokens[places - 1], eos)
   return {
-    "tokens": np.where(valid, inputs, 0).astype(np.int32),
-    "targets": np.where(valid, tokens[places], 0).astype(np.int32),
+    "tokens": inputs.astype(np.int32),
+    "targets": tokens[places],
     "mask": valid.astype(np.float32),
     "reset": np.full(len(rows), window == 0),
   }
@@ -194,14 +203,3 @@ def _check(
     raise ValueError(f"unroll={unroll} is below 1; use at least 1")
   if eos < 0:
     raise ValueError(f"eos={eos} is negative; pass TextData.eos")
-
-
-def _process(index: int | None, count: int | None) -> tuple[int, int]:
-  """Returns this process's index and the number of processes."""
-  index = jax.process_index() if index is None else index
-  count = jax.process_count() if count is None else count
-  if not 0 <= index < count:
-    raise ValueError(
-      f"process_index={index} is out of range; use 0..{count - 1}"
-    )
-  return index, count

@@ -1,6 +1,8 @@
 """The models, and the table name -> constructor."""
 
+import dataclasses
 import functools
+import numbers
 import re
 from collections.abc import Callable
 from typing import Any
@@ -77,15 +79,16 @@ def create(
 
   Args:
     name: one of `names()`, such as "resnet38".
-    num_classes: number of classes.
+    num_classes: number of classes; of a language model, words of the
+      vocabulary.
     quantization: the grids; None is the plain float model with the same
       parameters, layer for layer.
     **sizes: further attributes of the model, such as `width`; a list is taken
       as a tuple.
 
   Raises:
-    ValueError: an unknown name or size, a size below 1, or one that the
-      model's name sets.
+    ValueError: an unknown name or size, a size below 1, one that is no integer
+      where the model counts, or one that the model's name sets.
   """
   constructor = _constructor(name)
   # Modules are hashed.
@@ -97,11 +100,23 @@ def create(
     if field in getattr(constructor, "keywords", ()):
       raise ValueError(f"{field}: the model's name sets it; leave it out")
   try:
-    return constructor(
+    model = constructor(
       num_classes=num_classes, quantization=quantization, **sizes
     )
   except TypeError as error:
-    raise ValueError(f"model {name!r}: {error}") from None
+    unknown = re.search(r"unexpected keyword argument ('\w+')", str(error))
+    reason = f"has no size {unknown[1]}; leave it out" if unknown else error
+    raise ValueError(f"model {name!r}: {reason}") from None
+  _check_integers(model)
+  return model
+
+
+def _check_integers(model: nn.Module) -> None:
+  for field in dataclasses.fields(model):
+    value = getattr(model, field.name)
+    is_integer = isinstance(value, numbers.Integral)
+    if field.type is int and (not is_integer or isinstance(value, bool)):
+      raise ValueError(f"{field.name} = {value!r}: must be an integer")
 
 
 def _constructor(name: str) -> Callable[..., nn.Module]:

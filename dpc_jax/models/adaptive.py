@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpc_jax.models import common
+
 _XAVIER = nn.initializers.xavier_uniform()
 
 
@@ -48,7 +50,7 @@ class Band(nn.Module):
     features: of a word.
     width: of the model.
     is_last: True counts every word from `start` on to the band, so that a word
-      outside the vocabulary gives NaN instead of nothing.
+      past the vocabulary gives NaN instead of nothing.
     is_projected: False has no `kernel`; features must be width.
     dtype: of the products; None is the promotion of the operands.
   """
@@ -136,7 +138,8 @@ class AdaptiveEmbedding(nn.Module):
   Modules `band<i>`, and `clusters`, a dense layer without bias that gives the
   logits of the classes of all bands but the first. Without a cutoff below the
   vocabulary this is a plain softmax tied to a plain embedding. All products
-  stay in float.
+  stay in float. A word outside [0, num_classes) has an embedding and a loss of
+  NaN.
 
   Attributes:
     num_classes: words of the vocabulary; 0 is the most frequent.
@@ -195,6 +198,7 @@ class AdaptiveEmbedding(nn.Module):
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """Maps integers (N, T) to (N, T, width), not scaled."""
+    tokens = common.negatives_past_the_end(tokens, self.num_classes)
     return sum(band.embed(tokens) for band in self.bands)
 
   def log_probabilities(self, h: jax.Array, train: bool = False) -> jax.Array:
@@ -215,6 +219,7 @@ class AdaptiveEmbedding(nn.Module):
     Every band's logits are computed for every token, since shapes are static,
     and the target's band is picked; those of one band at a time are in memory.
     """
+    targets = common.negatives_past_the_end(targets, self.num_classes)
     head, *tail = self.bands
     places = head.places(targets)
     for i, band in enumerate(tail):

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpc_jax.quant import grids, layers, products
+from dpc_jax.models import common
+from dpc_jax.quant import grids, products
 
 
 class SelfAttention(nn.Module):
@@ -21,6 +22,9 @@ class SelfAttention(nn.Module):
   Layers `query`, `key`, `value`, `out` with kernels (width, width) and biases,
   and the products `qk` and `av`, which have no weights. The softmax is in
   float32. A masked probability is an exact zero, and its quantized value too.
+  The running range of `av` is that of dropout(p), which reaches up to
+  1 / (1 - `dropout`): in evaluation, where p ends at 1, the levels above 1, a
+  share `dropout` of them, go unused.
 
   Attributes:
     heads: number of heads; divides the width of the input.
@@ -53,10 +57,10 @@ class SelfAttention(nn.Module):
         f"heads = {self.heads}: must divide the width, which is {width}"
       )
     project = functools.partial(
-      dense(self.quantization),
+      common.dense(
+        self.quantization, kernel_init=self.kernel_init, dtype=self.dtype
+      ),
       width,
-      kernel_init=self.kernel_init,
-      dtype=self.dtype,
     )
     product = functools.partial(
       products.QuantProduct, quantization=self.quantization
@@ -116,8 +120,8 @@ class Block(nn.Module):
     norm = functools.partial(
       nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype
     )
-    project = functools.partial(
-      dense(self.quantization), kernel_init=self.kernel_init, dtype=self.dtype
+    project = common.dense(
+      self.quantization, kernel_init=self.kernel_init, dtype=self.dtype
     )
 
     def drop(y, rate, name):
@@ -137,17 +141,3 @@ class Block(nn.Module):
     y = drop(self.activation(y), self.activation_dropout, "activation_dropout")
     y = project(x.shape[-1], name="mlp2")(y)
     return x + drop(y, self.dropout, "dropout2")
-
-
-def check_rates(**rates: float) -> None:
-  """Raises ValueError for a share of dropped values outside [0, 1)."""
-  for name, rate in rates.items():
-    if not 0 <= rate < 1:
-      raise ValueError(f"{name} = {rate}: must be in [0, 1)")
-
-
-def dense(quantization: grids.Quantization | None) -> Callable[..., nn.Module]:
-  """Constructor of a dense layer: `QuantDense`, or `nn.Dense` for None."""
-  if quantization is None:
-    return nn.Dense
-  return functools.partial(layers.QuantDense, quantization=quantization)

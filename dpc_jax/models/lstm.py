@@ -18,7 +18,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpc_jax.quant import grids, layers
+from dpc_jax.models import common
+from dpc_jax.quant import grids
 
 Carry = tuple[jax.Array, jax.Array]
 
@@ -45,7 +46,10 @@ class QuantLSTMCell(nn.RNNCellBase):
   unroll of T steps counts one batch for `input`, whose product is a single
   one over all steps, and T for `recurrent`, whose range follows h from step
   to step (the first one is that of the zero state; its weight is 0.9^(T - 1)
-  after the first unroll). Gradients are quantized over the same parts.
+  after the first unroll). Gradients are quantized over the same parts. If
+  *weights* are rounded stochastically, every step of an unroll has noise of
+  its own, and the backward pass keeps T quantized copies of the recurrent
+  kernel.
 
   `nn.RNN` runs it in float only: it cannot start a running range that its loop
   carries, nor hold it still in evaluation. Use `unroll`.
@@ -68,10 +72,10 @@ class QuantLSTMCell(nn.RNNCellBase):
   def setup(self):
     """Makes the layers `input` and `recurrent`."""
     dense = functools.partial(
-      _dense(self.quantization),
+      common.dense(
+        self.quantization, kernel_init=uniform(self.features), dtype=self.dtype
+      ),
       4 * self.features,
-      kernel_init=uniform(self.features),
-      dtype=self.dtype,
     )
     self.input = dense(bias_init=self._initial_bias)
     self.recurrent = dense(use_bias=False)
@@ -203,9 +207,10 @@ class LSTMLM(nn.Module):
     """Predicts each next word from the words so far.
 
     Args:
-      tokens: (batch, steps) integers in [0, num_classes); not checked.
-      targets: (batch, steps) integers, the words to predict; None asks for
-        the whole distribution.
+      tokens: (batch, steps) integers in [0, num_classes); one outside makes
+        the output of its row NaN from there on, quantized that of the batch.
+      targets: (batch, steps) integers, the words to predict, one outside has a
+        loss of NaN; None asks for the whole distribution.
       train: True drops values.
       carry: the state before the first step; None is `initial_carry`.
 
@@ -231,7 +236,7 @@ class LSTMLM(nn.Module):
       **options,
     )
     drop = nn.Dropout(self.dropout, deterministic=not train, name="dropout")
-    x = embedding(tokens)
+    x = embedding(common.negatives_past_the_end(tokens, self.num_classes))
     states = []
     for i in range(self.layers):
       cell = QuantLSTMCell(
@@ -245,10 +250,9 @@ class LSTMLM(nn.Module):
       bias = self.param("softmax_bias", nn.initializers.zeros, shape)
       logits = embedding.attend(x).astype(jnp.float32) + bias[None, None]
     else:
-      dense = _dense(self.quantization if self.quantize_all else None)
-      logits = dense(
-        self.num_classes, kernel_init=init, name="softmax", **options
-      )(x).astype(jnp.float32)
+      outer = self.quantization if self.quantize_all else None
+      dense = common.dense(outer, kernel_init=init, **options)
+      logits = dense(self.num_classes, name="softmax")(x).astype(jnp.float32)
     return _log_softmax(logits, targets), tuple(states)
 
   @nn.nowrap
@@ -258,20 +262,11 @@ class LSTMLM(nn.Module):
     return tuple(zero_carry(shape) for _ in range(self.layers))
 
   def _check(self, tokens, targets, carry):
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"dropout = {self.dropout}: must be in [0, 1)")
+    common.check_rates(dropout=self.dropout)
+    common.check_tokens(tokens, targets)
     if self.tied and self.quantize_all:
       raise ValueError(
         "quantize_all = True: a tied softmax stays in float; set tied = False"
-      )
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-      raise ValueError(
-        f"tokens: {tokens.dtype} of shape {tokens.shape}; pass integers of"
-        " shape (batch, steps)"
-      )
-    if targets is not None and targets.shape != tokens.shape:
-      raise ValueError(
-        f"targets: shape {targets.shape}; must be {tokens.shape}, as tokens"
       )
     if carry is not None and len(carry) != self.layers:
       raise ValueError(
@@ -295,18 +290,12 @@ def uniform(width: int) -> nn.initializers.Initializer:
   return init
 
 
-def _dense(quantization: grids.Quantization | None) -> Any:
-  """Constructor of a dense layer, plain or quantized."""
-  if quantization is None:
-    return nn.Dense
-  return functools.partial(layers.QuantDense, quantization=quantization)
-
-
 def _log_softmax(logits, targets):
   """Log-probabilities, or without them the targets' negative ones."""
   total = jax.nn.logsumexp(logits, -1, keepdims=True)
   if targets is None:
     return logits - total
+  targets = common.negatives_past_the_end(targets, logits.shape[-1])
   chosen = jnp.take_along_axis(logits, targets[..., None], -1)
   return (total - chosen)[..., 0]
 

@@ -27,7 +27,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpc_jax.models import resnet
+from dpc_jax.models import common, resnet
 from dpc_jax.quant import grids
 
 # Expansion, channels, blocks and stride of each stage: the paper's table 2.
@@ -158,8 +158,8 @@ class MobileNetV2(nn.Module):
     width_multiplier: scales the channels of every convolution (see `scaled`);
       below 1 the last one keeps its 1280, as in the paper.
     stages: expansion, channels, blocks and stride of each stage.
-    dropout: rate before the classifier; above 0 training needs the RNG stream
-      `dropout`.
+    dropout: rate before the classifier, in [0, 1); above 0 training needs the
+      RNG stream `dropout`.
     quantization: the grids; None is the plain float model with the same
       parameters.
     quantize_all: True quantizes the classifier and the ImageNet form's stem as
@@ -184,7 +184,11 @@ class MobileNetV2(nn.Module):
     Args:
       x: floating-point images, normalized; 224x224 or 32x32 in the literature.
       train: True normalizes by the batch, updates `batch_stats` and drops out.
+
+    Raises:
+      ValueError: a dropout outside [0, 1), a multiplier that is not above 0.
     """
+    common.check_rates(dropout=self.dropout)
     conv = resnet.convolution(self.quantization, self.dtype)
     norm = resnet.batch_norm(train, self.dtype)
     activation = _activation(self.small_images)
@@ -219,7 +223,7 @@ class MobileNetV2(nn.Module):
     x = nn.Dropout(
       self.dropout, deterministic=not train, name="classifier_dropout"
     )(x)
-    dense = resnet.dense(outer, self.dtype)
+    dense = common.dense(outer, dtype=self.dtype)
     return dense(self.num_classes, name="classifier")(x)
 
 

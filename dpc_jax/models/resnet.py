@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpc_jax.models import stacking
-from dpc_jax.quant import grids, layers
+from dpc_jax.models import common, stacking
+from dpc_jax.quant import grids
 
 # He et al., 2015, by the fan-out, as in the reference's code.
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -27,23 +27,9 @@ PADDING = ((1, 1), (1, 1))
 def convolution(
   quantization: grids.Quantization | None, dtype: Any
 ) -> Callable[..., nn.Module]:
-  """Constructor of a convolution without bias; None gives `nn.Conv`."""
-  options = {"use_bias": False, "dtype": dtype, "kernel_init": KERNEL_INIT}
-  if quantization is None:
-    return functools.partial(nn.Conv, **options)
-  return functools.partial(
-    layers.QuantConv, quantization=quantization, **options
-  )
-
-
-def dense(
-  quantization: grids.Quantization | None, dtype: Any
-) -> Callable[..., nn.Module]:
-  """Constructor of a dense layer; None gives `nn.Dense`."""
-  if quantization is None:
-    return functools.partial(nn.Dense, dtype=dtype)
-  return functools.partial(
-    layers.QuantDense, quantization=quantization, dtype=dtype
+  """Constructor of a ResNet's convolution: no bias, `KERNEL_INIT`."""
+  return common.convolution(
+    quantization, use_bias=False, kernel_init=KERNEL_INIT, dtype=dtype
   )
 
 
@@ -204,4 +190,5 @@ class ResNet(nn.Module):
         name=f"stage{i + 1}",
       )(x)
     x = jnp.mean(x, axis=(1, 2))
-    return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier")(x)
+    dense = common.dense(None, dtype=self.dtype)
+    return dense(self.num_classes, name="classifier")(x)

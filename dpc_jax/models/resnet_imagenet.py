@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpc_jax.models import resnet
+from dpc_jax.models import common, resnet
 from dpc_jax.quant import grids
 
 # Channels of a bottleneck's output per channel of its 3x3 convolution.
@@ -125,5 +125,5 @@ class ResNetImageNet(nn.Module):
         name=f"stage{i + 1}",
       )(x)
     x = jnp.mean(x, axis=(1, 2))
-    dense = resnet.dense(outer, self.dtype)
+    dense = common.dense(outer, dtype=self.dtype)
     return dense(self.num_classes, name="classifier")(x)

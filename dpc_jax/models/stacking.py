@@ -66,7 +66,8 @@ def stack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
 
   Under every module the longest run of equal blocks that ends with the last
   one (same names, shapes and dtypes of the parameters; at least two) becomes
-  `blocks`.
+  `blocks`. It is the layout of the models that have `scan`; variables of any
+  other model with such names are stacked too, and no model runs on those.
 
   Args:
     variables: all collections, as `init` returned them, or one tree in the

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpc_jax.models import adaptive, attention, stacking
+from dpc_jax.models import adaptive, attention, common, stacking
 from dpc_jax.quant import grids
 
 
@@ -90,8 +90,8 @@ class TransformerLM(nn.Module):
         divide by the heads; a dropout outside [0, 1); cutoffs or a factor that
         `adaptive` refuses.
     """
-    _check(tokens, targets)
-    attention.check_rates(
+    common.check_tokens(tokens, targets)
+    common.check_rates(
       dropout=self.dropout,
       attention_dropout=self.attention_dropout,
       activation_dropout=self.activation_dropout,
@@ -151,15 +151,3 @@ def sinusoids(length: int, width: int) -> np.ndarray:
   table = np.zeros((length, width), np.float32)
   table[:, :half], table[:, half : 2 * half] = np.sin(angles), np.cos(angles)
   return table
-
-
-def _check(tokens, targets):
-  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-    raise ValueError(
-      f"tokens: {tokens.dtype} of shape {tokens.shape}; pass integers of shape"
-      " (batch, steps)"
-    )
-  if targets is not None and targets.shape != tokens.shape:
-    raise ValueError(
-      f"targets: shape {targets.shape}; must be {tokens.shape}, as tokens"
-    )

@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpc_jax.models import attention, stacking
-from dpc_jax.quant import grids, layers
+from dpc_jax.models import attention, common, stacking
+from dpc_jax.quant import grids
 
 # As in DeiT's code.
 KERNEL_INIT = nn.initializers.truncated_normal(0.02)
@@ -69,7 +69,7 @@ class ViT(nn.Module):
       ValueError: an image that does not divide into patches, a width that does
         not divide by the heads, a dropout outside [0, 1).
     """
-    attention.check_rates(dropout=self.dropout)
+    common.check_rates(dropout=self.dropout)
     x = self._tokens(x)
     x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
     block = functools.partial(
@@ -90,13 +90,10 @@ class ViT(nn.Module):
       scan=self.scan,
     )
     x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
-    dense = attention.dense(self._outer_quantization())
-    return dense(
-      self.num_classes,
-      kernel_init=KERNEL_INIT,
-      dtype=self.dtype,
-      name="classifier",
-    )(x[:, 0])
+    dense = common.dense(
+      self._outer_quantization(), kernel_init=KERNEL_INIT, dtype=self.dtype
+    )
+    return dense(self.num_classes, name="classifier")(x[:, 0])
 
   def _outer_quantization(self) -> grids.Quantization | None:
     """Of the first and the last layer."""
@@ -110,12 +107,10 @@ class ViT(nn.Module):
         f"patch_size = {self.patch_size}: must divide the image, which has"
         f" {x.shape[1]} x {x.shape[2]} pixels"
       )
-    conv = functools.partial(nn.Conv, self.width, size)
-    if (quantization := self._outer_quantization()) is not None:
-      conv = functools.partial(
-        layers.QuantConv, self.width, size, quantization=quantization
-      )
-    x = conv(strides=size, padding="VALID", dtype=self.dtype, name="patches")(x)
+    conv = common.convolution(
+      self._outer_quantization(), strides=size, padding="VALID"
+    )
+    x = conv(self.width, size, dtype=self.dtype, name="patches")(x)
     x = x.reshape(x.shape[0], -1, self.width)
     token = self.param(
       "class_token", nn.initializers.normal(1e-6), (1, 1, self.width)

@@ -33,8 +33,9 @@ def layer_capacities(variables: Mapping[str, Any]) -> dict[str, Any]:
     {path: N_k}, N_k an int, or an int64 array of shape (layers,).
 
   Raises:
-    ValueError: there is no collection `params`, or a layer has parameters but
-      no kernel, or its kernel does not divide into its stacked layers.
+    ValueError: there is no collection `params`, or a layer has parameters or
+      the one running range of a kernel's input but no kernel, or its kernel
+      does not divide into its stacked layers.
   """
   if "params" not in variables:
     raise ValueError(
@@ -50,20 +51,21 @@ def layer_capacities(variables: Mapping[str, Any]) -> dict[str, Any]:
       if _is_leaf(node, "kernel")
     }
   return {
-    path: _capacity(path, _shape_size(node["weights"])[0], params)
+    path: _capacity(path, _shape_size(node["weights"])[0], variables)
     for path, node in _nodes(precision)
     if all(_is_leaf(node, name) for name in grids.LayerBits._fields)
   }
 
 
-def _capacity(path: str, stack: tuple[int, ...], params: Mapping) -> Any:
+def _capacity(path: str, stack: tuple[int, ...], variables: Mapping) -> Any:
   """N_k of the layer at `path`; `stack` is the shape of its widths."""
-  node = params
-  for name in path.split("/") if path else ():
-    node = node.get(name, {}) if isinstance(node, Mapping) else {}
-  if node and not (isinstance(node, Mapping) and _is_leaf(node, "kernel")):
+  node = _at(variables["params"], path)
+  ranges = _at(variables.get("quant_stats", {}), path)
+  # A product of two activations has no parameters and two ranges.
+  is_product = not node and not ("lo" in ranges and "rhs_lo" not in ranges)
+  if not is_product and not _is_leaf(node, "kernel"):
     raise ValueError(
-      f"layer {path!r} has widths and parameters but no 'kernel' in params; "
+      f"layer {path!r} has widths but no 'kernel' in params; "
       "pass variables of one model"
     )
   size = _shape_size(node["kernel"])[1] if node else 0
@@ -75,6 +77,13 @@ def _capacity(path: str, stack: tuple[int, ...], params: Mapping) -> Any:
       f"widths of shape {stack}; stack both along the same axis"
     )
   return np.full(stack, size // math.prod(stack), np.int64)
+
+
+def _at(tree: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+  """The mapping at a path, {} if there is none."""
+  for name in path.split("/") if path else ():
+    tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
+  return tree if isinstance(tree, Mapping) else {}
 
 
 def _nodes(

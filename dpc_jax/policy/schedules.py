@@ -105,7 +105,8 @@ def dpc(
 ) -> Schedule:
   """Decreasing Precision with layer Capacity: B_k of Eq. 1, never changing.
 
-  A layer without weights (a product of two activations) has B_k = b_max.
+  A layer without weights (a product of two activations) has B_k = b_max, and
+  both of its operands follow `activations`.
 
   Args:
     b_min: smallest width, 2..16.
@@ -127,12 +128,8 @@ def dpc(
     ValueError: naming the parameter that is out of its range.
   """
   equation.check_arguments(b_min, b_max, delta, center, log_form)
-  operands = {
-    "weights": weights,
-    "activations": activations,
-    "gradients": gradients,
-  }
-  for name, width in operands.items():
+  operands = grids.LayerBits(weights, activations, gradients)
+  for name, width in operands._asdict().items():
     if width is not None:
       _check_width(name, width)
 
@@ -146,11 +143,21 @@ def dpc(
       log_form=log_form,
     )
     return {
-      path: grids.LayerBits(*(b if o is None else o for o in operands.values()))
+      path: _overruled(b, operands, bool(np.any(capacities[path])))
       for path, b in widths.items()
     }
 
   return _fixed(choose)
+
+
+def _overruled(
+  b: Any, operands: grids.LayerBits, has_weights: bool
+) -> grids.LayerBits:
+  """B_k = `b` for every operand of a layer that `operands` does not set."""
+  if not has_weights:
+    # Of a product of activations, the second operand is one as well.
+    operands = operands._replace(weights=operands.activations)
+  return grids.LayerBits(*(b if o is None else o for o in operands))
 
 
 def _check_width(name: str, width: int) -> None:

@@ -32,6 +32,7 @@ class _Spec(NamedTuple):
   activation_axes: tuple[int, ...]
   weight_axes: tuple[int, ...]
   gradient_axes: tuple[int, ...]
+  keep_zeros: bool = False
 
 
 def dot_general(
@@ -136,13 +137,16 @@ def einsum(
   limits: grids.Range | None = None,
   rhs_limits: grids.Range | None = None,
   key: jax.Array | None = None,
+  keep_zeros: bool = False,
   **kwargs: Any,
 ) -> jax.Array:
   """`jnp.einsum` of two operands, both quantized.
 
   The channels of `rhs` are its axes that appear in the output. `subscripts`
-  must have an explicit "->" and no ellipsis in the second operand. Other
-  arguments and errors as in `dot_general` above; keywords go to `jnp.einsum`.
+  must have an explicit "->" and no ellipsis in the second operand. With
+  `keep_zeros`, elements of the output gradient that are exactly 0, as behind a
+  mask, stay 0, though an affine grid has no such level. Other arguments and
+  errors as in `dot_general` above; keywords go to `jnp.einsum`.
   """
   operands, output = subscripts.replace(" ", "").split("->")
   axes_of_rhs = operands.split(",")[1]
@@ -159,6 +163,7 @@ def einsum(
     activation_axes=(-1,),
     weight_axes=kept,
     gradient_axes=free,
+    keep_zeros=keep_zeros,
   )
   return _quantized_product(spec, lhs, rhs, bits, (limits, rhs_limits), key)
 
@@ -241,7 +246,8 @@ def _backward(spec, residuals, g):
     quantized = grids.encode(
       g, gradient_bits, grid, limits, key=key, floor=None
     )
-    g = _select(gradient_bits, g, quantized)
+    rounded = _select(gradient_bits, g, quantized)
+    g = jnp.where(g == 0, g, rounded) if spec.keep_zeros else rounded
   x_dtype, w_dtype = spec.dtypes
   x, w = _values(qx, x_dtype), _values(qw, w_dtype)
   (dx,) = jax.linear_transpose(lambda v: spec.product(v, w), x)(g)

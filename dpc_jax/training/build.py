@@ -104,14 +104,16 @@ def build(
         holdout=config.data.holdout,
         fake=config.data.fake,
       )
+  feed_lib.check_fields(config, data)
   devices = mesh.shape["data"]
-  config = config_lib.resolve(
-    config, feed_lib.rows_per_epoch(config, data), devices
-  )
+  with _as_config_error("config.data"):
+    rows = feed_lib.rows_per_epoch(config, data)
+  config = config_lib.resolve(config, rows, devices)
   with _as_config_error("config.model"):
     model = make_model(config, num_classes=data.num_classes)
   optimizer = optimizer_lib.make_optimizer(config)
-  feed = feed_lib.make_feed(config, data, devices)
+  with _as_config_error("config.data"):
+    feed = feed_lib.make_feed(config, data, devices)
   task = feed_lib.make_task(config, data, model)
   carry = jax.eval_shape(lambda: task.initial_carry(config.batch_size))
   with _as_config_error("config.model"):
@@ -187,17 +189,11 @@ def make_schedule(config: ml_collections.ConfigDict) -> schedules.Schedule:
   precision = config.precision
   if precision.method == "float":
     return schedules.constant({})
+  # One width for all layers is Eq. 1 between equal bounds.
   width = config_lib.static_width(precision.method)
-  if width is not None:
-    operands = (precision.weights, precision.activations)
-    return schedules.constant(
-      grids.LayerBits(
-        *(width if o is None else o for o in operands), precision.gradients
-      )
-    )
   return schedules.dpc(
-    precision.b_min,
-    precision.b_max,
+    precision.b_min if width is None else width,
+    precision.b_max if width is None else width,
     delta=precision.delta,
     center=precision.center,
     log_form=precision.log_form,

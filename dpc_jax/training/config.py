@@ -16,8 +16,9 @@ METHODS = ("float", "dpc", "static<b> (static8, for instance)")
 OPTIMIZERS = ("sgd", "adamw")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine", "steps")
 MATMUL_PRECISIONS = (None, "default", "high", "highest")
-# Where the data lies is the machine's business, not the run's.
-_NOT_COMPARED = ("data.dir",)
+# Where the data lies and who decodes it is the machine's business, not the
+# run's.
+_NOT_COMPARED = ("data.dir", "data.workers")
 _MAX_SEED = 2**32 - 1
 _MAX_STEPS = 2**31 - 1  # the step is an int32
 
@@ -67,8 +68,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_data(config) -> None:
-  _check(config, "data.unroll", config.data.unroll >= 1, "must be at least 1")
-  for name in ("image_size", "workers"):
+  for name in ("unroll", "image_size", "workers"):
     value = config.data[name]
     _check(
       config,
@@ -266,7 +266,7 @@ def resolve(
 
 
 def config_hash(config: Any) -> str:
-  """First 12 hex digits of the SHA-256 of the config without `data.dir`."""
+  """First 12 hex digits of the SHA-256 of what makes the run."""
   text = json.dumps(_compared(config), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -44,6 +44,35 @@ class Feed(NamedTuple):
   evaluate: Callable[[str], Iterator[Rows]]
 
 
+# Fields of `data` that belong to one kind of data.
+_FIELDS = {
+  sources.ImageData: ("augment",),
+  imagenet.StreamedImages: ("image_size", "workers"),
+  corpus.TextData: ("unroll",),
+}
+
+
+def check_fields(config: ml_collections.ConfigDict, data: Data) -> None:
+  """Refuses fields that mean nothing for this kind of data.
+
+  Raises:
+    ConfigError: naming the field.
+  """
+  for kind, names in _FIELDS.items():
+    for name in names:
+      value = config.data[name]
+      if value is not None and not isinstance(data, kind):
+        raise config_lib.ConfigError(
+          f"config.data.{name} = {value!r}: means nothing for"
+          f" {config.data.name}; leave it out"
+        )
+  if isinstance(data, corpus.TextData) and config.data.unroll is None:
+    raise config_lib.ConfigError(
+      "config.data.unroll = None: set the number of tokens of a row that a"
+      " step sees, 35 for instance"
+    )
+
+
 def make_task(
   config: ml_collections.ConfigDict, data: Data, model: nn.Module
 ) -> tasks.Task:
@@ -99,84 +128,80 @@ def make_feed(
     data: loaded.
     devices: on the mesh's data axis; an evaluation batch is filled up to a
       multiple of it.
+
+  Raises:
+    ValueError, ModuleNotFoundError: what a split cannot give: more rows than
+      it has tokens, for instance.
   """
   eval_rows = -(-config.eval_batch_size // devices) * devices
-  common = {
-    "sample": make_sample(config, data),
-    "rows_per_epoch": rows_per_epoch(config, data),
-  }
   if isinstance(data, corpus.TextData):
-    return Feed(
-      **common,
-      train_batch=_text_batch(config.batch_size, config.data.unroll),
-      eval_batch=_text_batch(eval_rows, config.data.unroll),
-      train=_closable(_token_batches(config, data).iterate),
-      evaluate=lambda split: token_batches.eval_batches(
-        data.splits[split],
-        eos=data.eos,
-        # Rows cut the text, and so the context: their number must not depend
-        # on the devices.
-        rows=config.eval_batch_size,
-        unroll=config.data.unroll,
-        multiple=devices,
-      ),
+    return _text_feed(config, data, eval_rows, devices)
+  return _image_feed(config, data, eval_rows)
+
+
+def _text_feed(config, data, eval_rows, devices) -> Feed:
+  def evaluate(split):
+    return token_batches.eval_batches(
+      data.splits[split],
+      eos=data.eos,
+      # Rows cut the text, and so the context: their number must not depend on
+      # the devices.
+      rows=config.eval_batch_size,
+      unroll=config.data.unroll,
+      multiple=devices,
     )
+
+  for split in data.splits.keys() - {"train"}:
+    evaluate(split)  # Checks, and reads nothing yet.
+  return Feed(
+    sample=make_sample(config, data),
+    rows_per_epoch=rows_per_epoch(config, data),
+    train_batch=_text_batch(config.batch_size, config.data.unroll),
+    eval_batch=_text_batch(eval_rows, config.data.unroll),
+    train=_token_batches(config, data).iterate,
+    evaluate=evaluate,
+  )
+
+
+def _image_feed(config, data, eval_rows) -> Feed:
   shape = _image_shape(config, data)
-  options = {}
-  module = pipeline
+  module, options, workers = pipeline, {}, {}
   if isinstance(data, imagenet.StreamedImages):
     module = imagenet
-    options = {"image_size": shape[0], "workers": config.data.workers}
+    options = {"image_size": shape[0]}
+    workers = {"workers": config.data.workers}
   batches = module.TrainBatches(
     data.splits["train"],
     batch_size=config.batch_size,
     seed=config.seed,
     **options,
+    **workers,
   )
   return Feed(
-    **common,
+    sample=make_sample(config, data),
+    rows_per_epoch=rows_per_epoch(config, data),
     train_batch=_image_batch(config.batch_size, shape),
     eval_batch=_image_batch(eval_rows, shape)
     | {"mask": jax.ShapeDtypeStruct((eval_rows,), jnp.float32)},
-    train=_closable(batches.iterate),
+    train=batches.iterate,
     evaluate=lambda split: module.eval_batches(
       data.splits[split], batch_size=eval_rows, **options
     ),
   )
 
 
-def _closable(iterate):
-  """`iterate` as a generator: closing it ends what reads ahead."""
-
-  def train(start, stop):
-    yield from iterate(start, stop)
-
-  return train
-
-
 def _token_batches(config, data):
-  try:
-    return token_batches.TrainBatches(
-      data.splits["train"],
-      eos=data.eos,
-      batch_size=config.batch_size,
-      unroll=config.data.unroll,
-    )
-  except ValueError as error:
-    raise config_lib.ConfigError(f"config.data: {error}") from None
+  return token_batches.TrainBatches(
+    data.splits["train"],
+    eos=data.eos,
+    batch_size=config.batch_size,
+    unroll=config.data.unroll,
+  )
 
 
 def _image_shape(config, data) -> tuple[int, ...]:
   size = config.data.image_size
-  if not isinstance(data, imagenet.StreamedImages):
-    if size is not None:
-      raise config_lib.ConfigError(
-        f"config.data.image_size = {size}: the images of {config.data.name}"
-        " have one size; leave it out"
-      )
-    return data.image_shape
-  size = data.image_size if size is None else size
-  return (size, size, 3)
+  return data.image_shape if size is None else (size, size, 3)
 
 
 def _image_batch(rows, shape):

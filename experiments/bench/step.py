@@ -6,7 +6,8 @@ r"""Times a recipe's train step: float, static, DPC, DPC with 8-bit storage.
 All variants take the same batch and are timed in turns, so that what else the
 machine does hits all of them; a ratio is the median over rounds of a variant's
 time to the float step's time in the same round. The data is made up, in the
-data set's form: no files are needed. Memory is what the compiled program asks
+data set's form: no files are needed, and ImageNet's input is for bench.input
+to time. Memory is what the compiled program asks
 for: arguments, results and temporaries, less what they share.
 """
 
@@ -25,6 +26,7 @@ import jax
 from absl import flags
 
 from dpc_jax.analysis import report
+from dpc_jax.data import imagenet
 from dpc_jax.training import build, sharding, summary
 from experiments import cli
 
@@ -116,6 +118,7 @@ def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
   """The measurements of one recipe, as they go into the JSON file."""
   config.data.fake = True
   config.data.holdout = 0
+  config.data.workers = None
   # All are built first: a mistake in the last must not cost the first's time.
   built = {
     label: build.build(variant) for label, variant in variants(config).items()
@@ -124,7 +127,9 @@ def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
   for label, parts in built.items():
     print(f"compiling {label}", flush=True)
     compiled[label] = compile_variant(parts)
-  rows = next(parts.feed.train(0, 1))
+  batches = parts.feed.train(0, 1)
+  rows = next(batches)
+  batches.close()
   seconds = time_in_turns(
     compiled, sharding.put_batch(rows, parts.mesh), rounds, steps
   )
@@ -149,15 +154,17 @@ def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
       "peak_ratio": variant.peak_bytes / compiled[base].peak_bytes,
       "temporary_mib": variant.temporary_bytes / _MIB,
     }
-  return summary.environment(parts.mesh) | {
+  measured = summary.environment(parts.mesh) | {
     "model": config.model.name,
     "unit": unit,
     "batch_size": config.batch_size,
     "rounds": rounds,
     "steps_per_round": steps,
-    f"input_{unit}_per_second": per_row * input_rate(parts),
     "variants": results,
   }
+  if not isinstance(parts.data, imagenet.StreamedImages):
+    measured[f"input_{unit}_per_second"] = per_row * input_rate(parts)
+  return measured
 
 
 def main() -> None:
@@ -201,8 +208,9 @@ def main() -> None:
     f" {results['device']}\n"
   )
   print(report.text_table(table, header))
-  rate = results[f"input_{unit}_per_second"]
-  print(f"\ninput alone: {rate:,.0f} {unit}/s")
+  if f"input_{unit}_per_second" in results:
+    rate = results[f"input_{unit}_per_second"]
+    print(f"\ninput alone: {rate:,.0f} {unit}/s")
   print(f"written: {path}")
 
 

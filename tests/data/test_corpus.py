@@ -30,7 +30,13 @@ NUMBERS = {
 }
 
 
-def adopt(monkeypatch, name: str, files: dict[str, bytes], tokens=None):
+def adopt(
+  monkeypatch,
+  name: str,
+  files: dict[str, bytes],
+  tokens=None,
+  words: int = len(WORDS),
+):
   """Makes other files the canonical ones of a corpus."""
   sums = {
     s: hashlib.sha256(content).hexdigest() for s, content in files.items()
@@ -40,6 +46,7 @@ def adopt(monkeypatch, name: str, files: dict[str, bytes], tokens=None):
     algorithm="sha256",
     checksums=sums,
     tokens={split: len(ids) for split, ids in (tokens or NUMBERS).items()},
+    words=words,
   )
   monkeypatch.setitem(text_files.CORPORA, name, replaced)
 
@@ -110,6 +117,11 @@ def test_published_counts(shared_data, name, tokens, words):
     text = gzip.decompress(path.read_bytes()).decode()
     written = " ".join(data.vocabulary[token] for token in data.splits[split])
     assert written.split() == text.replace("\n", " <eos> ").split()
+
+
+def test_vocabularies_have_the_published_sizes():
+  sizes = {name: known.words for name, known in text_files.CORPORA.items()}
+  assert sizes == {"ptb": 10000, "wikitext2": 33278, "wikitext103": 267735}
 
 
 def test_numbers_are_ranks(small):
@@ -198,6 +210,9 @@ def test_missing_split_is_named(small):
 def test_wrong_count_is_named(small, monkeypatch):
   adopt(monkeypatch, "ptb", encoded(TEXT), NUMBERS | {"test": [0] * 3})
   assert "test has 2 tokens instead of 3" in _load_error(small)
+  adopt(monkeypatch, "ptb", encoded(TEXT), words=6)
+  message = _load_error(small)
+  assert "train has 5 different words instead of 6; " in message
 
 
 def test_word_that_train_lacks_needs_unk(monkeypatch, tmp_path):

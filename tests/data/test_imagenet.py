@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ import pytest
 from jax._src import xla_bridge
 from PIL import Image
 
+from dpc_jax import data as data_lib
 from dpc_jax.data import decode, imagenet, parallel, sources
 from experiments import prepare_imagenet
 
@@ -303,17 +306,86 @@ def test_damaged_image_is_one_line_with_split_and_index(workers):
   batches = imagenet.TrainBatches(
     split, batch_size=2, seed=0, image_size=8, workers=workers
   )
-  with pytest.raises(ValueError, match="image 2 of tfds' split 'train'") as e:
+  message = "image 2 of tfds' split 'train'"
+  with pytest.raises(data_lib.DataError, match=message) as e:
     list(batches.iterate(0, 1))
   assert "truncated" in _one_line(e).lower()
   assert "data.name='imagenet2012'" in _one_line(e)
+  assert not hasattr(e.value, "__notes__")  # grain's, of many lines
   if workers is None:
     stream = imagenet.eval_batches(split, batch_size=2, image_size=8)
-    with pytest.raises(ValueError, match="image 2 of tfds' split 'train'"):
+    with pytest.raises(data_lib.DataError, match=message):
       list(stream)
+    with pytest.raises(data_lib.DataError, match=message):
+      batches.batch(0)
 
 
-@pytest.mark.parametrize("encoded", [b"", b"GIF89a", b"\xff\xd8\xff\xe0" * 9])
+# A program whose second worker has batches ready when the first ends.
+DAMAGED = """
+import io, sys
+import numpy as np
+from PIL import Image
+from dpc_jax.data import imagenet
+
+class Records:
+  def __len__(self):
+    return 64
+
+  def __getitem__(self, index):
+    encoded = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(encoded, "JPEG")
+    encoded = encoded.getvalue()
+    return {"image": encoded[:50] if index == 40 else encoded, "label": 0}
+
+if __name__ == "__main__":
+  split = imagenet.StreamedSplit(Records(), None, "train")
+  batches = imagenet.TrainBatches(
+    split, batch_size=2, seed=0, image_size=64, workers=2
+  )
+  try:
+    for _ in batches.iterate(0, 32):
+      pass
+  except ValueError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+def test_damaged_image_leaves_no_shared_memory(tmp_path):
+  program = tmp_path / "damaged.py"
+  program.write_text(DAMAGED)
+  done = subprocess.run(
+    [sys.executable, str(program)],
+    env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert "image 40 of tfds' split 'train'" in done.stdout
+  # Nothing of "resource_tracker: ... leaked shared_memory objects".
+  assert (done.returncode, done.stderr) == (2, "")
+
+
+def _bomb() -> bytes:
+  """The header of a PNG of 2e8 pixels."""
+  header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 10_000, 8, 2, 0, 0, 0)
+  check = struct.pack(">I", zlib.crc32(header))
+  return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + check
+
+
+def test_what_pillow_cannot_unpack_is_one_line(monkeypatch):
+  def fail(file):
+    del file
+    raise struct.error("unpack requires a buffer of 2 bytes")
+
+  monkeypatch.setattr(Image, "open", fail)
+  with pytest.raises(decode.DamagedImageError, match="buffer of 2 bytes"):
+    decode.eval_image(b"", image_size=8)
+
+
+@pytest.mark.parametrize(
+  "encoded", [b"", b"GIF89a", b"\xff\xd8\xff\xe0" * 9, _bomb()]
+)
 def test_what_is_no_image_is_one_line(encoded):
   uniforms = np.zeros(decode.UNIFORMS)
   with pytest.raises(decode.DamagedImageError) as info:
@@ -494,7 +566,6 @@ def test_evaluation_shows_every_image_once(count, processes):
   ("arguments", "message"),
   [
     ({"image_size": 0}, "image_size=0 "),
-    ({"workers": 0}, "data.workers=0 .*None"),
     ({"batch_size": 10, "process_count": 4}, "batch_size=10 .* multiple of 4"),
     ({"process_index": 2, "process_count": 2}, "process_index=2 .*0..1"),
   ],
@@ -508,9 +579,19 @@ def test_bad_arguments_are_named_at_the_call(arguments, message):
     imagenet.TrainBatches(**settings, seed=0)
 
 
+def test_evaluation_is_closable_and_starts_no_process():
+  stream = imagenet.eval_batches(_split(5), batch_size=2, image_size=8)
+  next(stream)
+  assert not multiprocessing.active_children()
+  stream.close()
+  assert next(stream, None) is None
+
+
 def test_bad_seed_and_steps_are_named_at_the_call():
   with pytest.raises(ValueError, match="seed=-1 "):
     imagenet.TrainBatches(_split(2), batch_size=2, seed=-1)
+  with pytest.raises(ValueError, match=r"data.workers=0 .*None"):
+    imagenet.TrainBatches(_split(2), batch_size=2, seed=0, workers=0)
   batches = imagenet.TrainBatches(_split(2), batch_size=2, seed=0)
   with pytest.raises(ValueError, match="step=-1 "):
     batches.batch(-1)
@@ -520,14 +601,21 @@ def test_bad_seed_and_steps_are_named_at_the_call():
     batches.iterate(3, 2)
 
 
-def test_too_little_shared_memory_is_refused(monkeypatch, tmp_path):
+def test_too_little_shared_memory_is_refused_before_anything_runs(
+  monkeypatch, tmp_path
+):
   monkeypatch.setattr(parallel, "_SHARED_MEMORY", str(tmp_path))
   usage = parallel.shutil.disk_usage(tmp_path)._replace(free=64 * 2**20)
   monkeypatch.setattr(parallel.shutil, "disk_usage", lambda path: usage)
-  batches = imagenet.TrainBatches(_split(2), batch_size=256, seed=0, workers=4)
-  with pytest.raises(ValueError, match=r"workers=4 needs 625 MiB") as info:
-    batches.iterate(0, 1)
-  assert "64 MiB free" in _one_line(info)
+  settings = {"batch_size": 256, "seed": 0}
+  with pytest.raises(ValueError, match=r"^data.workers=4 needs 625 MiB") as e:
+    imagenet.TrainBatches(_split(2), **settings, workers=4)
+  assert "64 MiB free; use fewer workers" in _one_line(e)
+  # A part of the batch, smaller images, or threads fit.
+  part = {"process_index": 0, "process_count": 16}
+  imagenet.TrainBatches(_split(2), **settings, workers=4, **part)
+  imagenet.TrainBatches(_split(2), **settings, workers=4, image_size=32)
+  imagenet.TrainBatches(_split(2), **settings)
 
 
 def test_missing_set_says_what_to_download(tmp_path):
@@ -549,10 +637,23 @@ def test_damaged_shard_is_one_line(tmp_path):
   shard = next(folder.glob("*-train.*-00001-of-00002"))
   os.truncate(shard, 100)
   data = sources.load("imagenet2012", data_dir=tmp_path / "data")
-  with pytest.raises(ValueError, match=f"a file in {folder} is damaged") as e:
+  message = f"a file in {folder} is damaged"
+  with pytest.raises(data_lib.DataError, match=message) as e:
     list(data.splits["train"])
   _one_line(e)
+  batches = imagenet.TrainBatches(
+    data.splits["train"], batch_size=8, seed=0, image_size=8
+  )
+  with pytest.raises(data_lib.DataError, match=message) as e:
+    list(batches.iterate(0, 1))
+  _one_line(e)
+  pickled = pickle.dumps(data.splits["train"])
   shard.unlink()
+  # What a worker meets where a file has gone since the set was opened.
+  message = f"{shard.name} is missing"
+  with pytest.raises(data_lib.DataError, match=message) as e:
+    pickle.loads(pickled)[0]
+  _one_line(e)
   with pytest.raises(FileNotFoundError, match=f"{shard.name} is missing"):
     sources.load("imagenet2012", data_dir=tmp_path / "data")
 

@@ -144,7 +144,7 @@ def test_evaluation_shows_every_image_once(count, processes):
     ({"batch_size": 0, "process_count": 1}, "batch_size=0 .*"),
     ({"process_index": 2, "process_count": 2}, "process_index=2 .*0..1"),
     ({"process_index": -1, "process_count": 2}, "process_index=-1 .*"),
-    ({"split": _split(0)}, "no images"),
+    ({"split": _split(0)}, "split is empty"),
   ],
 )
 def test_bad_arguments_are_named_at_the_call(arguments, message):
@@ -160,6 +160,14 @@ def test_bad_arguments_are_named_at_the_call(arguments, message):
 def test_bad_seed_is_named(seed):
   with pytest.raises(ValueError, match=f"seed={seed} "):
     pipeline.TrainBatches(_split(9), batch_size=3, seed=seed)
+
+
+def test_batches_can_be_closed():
+  train = pipeline.TrainBatches(_split(9), batch_size=3, seed=0).iterate(0, 9)
+  for stream in (train, pipeline.eval_batches(_split(9), batch_size=3)):
+    next(stream)
+    stream.close()
+    assert next(stream, None) is None
 
 
 def test_bad_steps_are_named():

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpc_jax.data import sources
+from dpc_jax import data as data_lib
+from dpc_jax.data import fake, sources
+from dpc_jax.data import prepared as prepared_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = "abcdefghij"
@@ -246,7 +248,7 @@ def test_unknown_name_lists_the_known_ones():
 
 def test_reads_prepared_files_exactly_and_in_order(prepared, monkeypatch):
   root, arrays = prepared
-  monkeypatch.setattr(sources, "_RECORDS_PER_READ", 7)
+  monkeypatch.setattr(prepared_lib, "_RECORDS_PER_READ", 7)
   data = sources.load("cifar10", data_dir=root)
   _check_form(data, {"train": 40, "test": 20})
   for name, (images, labels) in arrays.items():
@@ -376,9 +378,35 @@ def test_tfrecord_format_is_named(copied):
 @pytest.mark.parametrize("size", [0, 66_000])
 def test_damaged_shard_is_one_line(copied, size):
   os.truncate(copied / "cifar10-train.array_record-00000-of-00001", size)
-  with pytest.raises(ValueError, match="damaged") as info:
+  with pytest.raises(data_lib.DataError, match="damaged") as info:
     sources.load("cifar10", data_dir=copied.parents[1])
   assert str(copied) in _one_line(info)
+
+
+@pytest.mark.parametrize(
+  ("damage", "reason"),
+  [
+    (lambda encoded: encoded[:60], "truncated"),
+    (lambda encoded: b"text", "not an image file"),
+    (lambda encoded: _png(31, 32), "31x32 pixels instead of 32x32"),
+  ],
+)
+def test_damaged_image_is_one_line(monkeypatch, damage, reason):
+  records = fake.cifar(10)
+  whole = list(records["test"])
+  whole[5] = whole[5] | {"image": damage(whole[5]["image"])}
+  records["test"] = fake.Records(whole)
+  monkeypatch.setattr(fake, "cifar", lambda num_classes: records)
+  with pytest.raises(data_lib.DataError, match="image 5 of tfds'") as info:
+    sources.load("cifar10", fake=True)
+  for part in ("data.name='cifar10'", "split 'test'", reason):
+    assert part in _one_line(info)
+
+
+def _png(width: int, height: int) -> bytes:
+  encoded = io.BytesIO()
+  Image.new("RGB", (width, height)).save(encoded, "PNG")
+  return encoded.getvalue()
 
 
 def test_damaged_description_is_one_line(copied):

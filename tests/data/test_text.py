@@ -21,7 +21,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from dpc_jax.data import corpus, text_files
+from dpc_jax.data import corpus, prepared, text_files
 
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")
@@ -50,7 +50,7 @@ def small(monkeypatch):
   }
   for name, known in text_files.CORPORA.items():
     changed = dataclasses.replace(
-      known, algorithm="sha256", checksums=sums, tokens=TOKENS
+      known, algorithm="sha256", checksums=sums, tokens=TOKENS, words=6
     )
     monkeypatch.setitem(text_files.CORPORA, name, changed)
 
@@ -155,7 +155,7 @@ print({split: len(list(part)) for split, part in lines.items()})
 
 
 def test_order_holds_over_blocks_and_shards(small, monkeypatch, tmp_path):
-  monkeypatch.setattr(corpus, "_RECORDS_PER_READ", 7)
+  monkeypatch.setattr(prepared, "_RECORDS_PER_READ", 7)
   write(tmp_path / "ptb", "{}.txt")
   builder = prepare("ptb", tmp_path / "data", tmp_path, num_shards=3)
   assert builder.info.splits["train"].num_shards == 3
@@ -203,7 +203,7 @@ def test_a_part_of_the_corpus_is_refused(small, tmp_path):
   assert f"remove {folder} and prepare it once" in one_line(info)
   shard = next(folder.glob("ptb-train.array_record*"))
   shard.write_bytes(shard.read_bytes()[:50])
-  with pytest.raises(ValueError, match="is damaged") as info:
+  with pytest.raises(prepared.DataError, match="is damaged") as info:
     corpus.load("ptb", data_dir=tmp_path / "data")
   assert f"remove {folder} and" in one_line(info)
   shard.unlink()
@@ -253,6 +253,19 @@ def test_downloads_are_prepared(net, monkeypatch, tmp_path, name):
   monkeypatch.setattr(socket, "create_connection", refuse)
   prepare(name, tmp_path / "data")
   assert_same(corpus.load(name, data_dir=tmp_path / "data"), data)
+
+
+def test_a_download_that_is_gone_needs_the_network(net, monkeypatch, tmp_path):
+  prepare("ptb", tmp_path / "data")
+  shutil.rmtree(tmp_path / "data" / "ptb")
+  urls = text_files.CORPORA["ptb"].urls
+  for info in (tmp_path / "data" / "downloads").rglob("*.INFO"):
+    if urls["test"] in info.read_text():
+      info.with_suffix("").unlink()
+  monkeypatch.setattr(socket, "create_connection", refuse)
+  with pytest.raises(ConnectionError, match="cannot reach") as info:
+    prepare("ptb", tmp_path / "data")
+  assert urls["test"] in one_line(info)
 
 
 def test_archive_in_the_manual_directory_is_used(net, tmp_path):

@@ -41,9 +41,6 @@ def _check_pass(batches: list[dict], count: int, rows: int, unroll: int):
     assert batch["mask"].shape == batch["targets"].shape
     assert batch["mask"].shape[1] == unroll
     assert set(np.unique(batch["mask"])) <= {0, 1}
-    filling = batch["mask"] == 0
-    assert not batch["tokens"][filling].any()
-    assert not batch["targets"][filling].any()
   whole = {
     name: np.concatenate([b[name] for b in batches], axis=1)
     for name in ("tokens", "targets", "mask")
@@ -55,6 +52,12 @@ def _check_pass(batches: list[dict], count: int, rows: int, unroll: int):
   np.testing.assert_array_equal(
     whole["tokens"][seen], np.concatenate([[EOS], tokens[:-1]])
   )
+  # Filling goes on in the text, round its end: every word in its place.
+  places = np.arange(len(seen))[:, None] * row_length + np.arange(seen.shape[1])
+  places %= count
+  np.testing.assert_array_equal(whole["targets"], tokens[places])
+  before = np.concatenate([[EOS], tokens[:-1]])
+  np.testing.assert_array_equal(whole["tokens"], before[places])
   # A row has no holes: nothing but its end is filling.
   lengths = seen.sum(1)
   assert (seen == (np.arange(seen.shape[1]) < lengths[:, None])).all()
@@ -138,8 +141,8 @@ def test_a_small_case_written_out():
   assert first["targets"].tolist() == [[1000, 1001, 1002], [1004, 1005, 1006]]
   assert first["mask"].tolist() == [[1, 1, 1], [1, 1, 1]]
   assert first["reset"].tolist() == [True, True]
-  assert second["tokens"].tolist() == [[1002, 0, 0], [0, 0, 0]]
-  assert second["targets"].tolist() == [[1003, 0, 0], [0, 0, 0]]
+  assert second["tokens"].tolist() == [[1002, 1003, 1004], [7, 1000, 1001]]
+  assert second["targets"].tolist() == [[1003, 1004, 1005], [1000, 1001, 1002]]
   assert second["mask"].tolist() == [[1, 0, 0], [0, 0, 0]]
   assert second["reset"].tolist() == [False, False]
   _assert_equal(batches.batch(2), first)
@@ -219,9 +222,23 @@ def test_rows_that_do_not_divide_are_named():
     token_batches.eval_batches(**GOOD, multiple=0)
 
 
-def test_negative_step_is_named():
+def test_bad_steps_are_named_at_the_call():
   batches = token_batches.TrainBatches(
     _tokens(9), batch_size=3, unroll=2, eos=0
   )
   with pytest.raises(ValueError, match="step=-1 "):
     batches.batch(-1)
+  with pytest.raises(ValueError, match="step=-1 "):
+    batches.iterate(-1, 3)
+  with pytest.raises(ValueError, match="stop=2 lies before start=3"):
+    batches.iterate(3, 2)
+
+
+def test_batches_can_be_closed():
+  train = token_batches.TrainBatches(
+    _tokens(9), batch_size=3, unroll=1, eos=0
+  ).iterate(0, 9)
+  for stream in (train, token_batches.eval_batches(**GOOD)):
+    next(stream)
+    stream.close()
+    assert next(stream, None) is None

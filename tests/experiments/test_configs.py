@@ -80,6 +80,22 @@ def test_docstring_has_the_command(name):
   doc = importlib.import_module(f"configs.{name}").__doc__
   assert f"python -m experiments.train --config=configs/{name}.py:dpc" in doc
   assert all(method in doc for method in METHODS)
+  # Time or its absence, a reference figure or its absence, bounds.
+  assert any(x in doc for x in ("Not run", "the figures and the time"))
+  assert any(x in doc for x in ("Published", "No published"))
+  start = next(
+    s for s in BOUNDS if name.replace("digits", "cifar").startswith(s)
+  )
+  assert "Bounds: CPT's for" in doc and "{}..{}".format(*BOUNDS[start]) in doc
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_line_sets_the_length(name):
+  config = get_config(name, "dpc,smoke")
+  assert get_config(name, "dpc").epochs is None
+  config.mesh.data = 1
+  config.steps = 2
+  assert build.build(config).config.steps == 2
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -95,7 +111,9 @@ def test_the_full_recipe_builds_on_data_like_its_own(name):
   assert set(state.model_state["precision"])
   assert set(state.cost.sums) <= set(parts.costs)
   schedule = optimizer.learning_rate(parts.config)
-  assert float(schedule(parts.config.steps - 1)) < 0.1
+  peak = config.optimizer.learning_rate
+  end = float(schedule(parts.config.steps - 1))
+  assert end < 0.011 * peak
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -154,6 +172,8 @@ def test_cpts_recipe():
     "learning_rate": 0.1,
     "weight_decay": 1e-4,
     "momentum": 0.9,
+    "nesterov": False,
+    "clip": None,
     "schedule": "steps",
     "warmup": 0.0,
     "boundaries": (0.5, 0.75),

@@ -10,6 +10,8 @@ import pytest
 
 from dpc_jax.models import attention
 from dpc_jax.quant import grids, precision
+from tests.models import checks
+from tests.quant import reference
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 12)), jnp.float32)
 
@@ -103,6 +105,88 @@ def test_masked_probabilities_are_zeros_and_stay_zeros(product_calls):
   y = product.apply(state, p, v)
   alone = product.apply(state, p[:, :, :1, :1], v[:, :1])
   np.testing.assert_array_equal(y[:, :1], alone)
+
+
+def parted(x):
+  """(2, 6, 12) as (2, 6, heads, 4)."""
+  return x.reshape(2, 6, 3, 4)
+
+
+def with_zero(p, bits):
+  """Quantized over [0, largest value]: a range that holds 0."""
+  return reference.quantize(np.append(p, 0), bits)[:-1].reshape(p.shape)
+
+
+def written_out(params, x, g, bits):
+  """Output and gradients (of the parameters, of x), in float64."""
+  kernels = {name: layer["kernel"] for name, layer in params.items()}
+  q, k, v = (
+    parted(x @ kernels[name] + params[name]["bias"])
+    for name in ("query", "key", "value")
+  )
+  q = reference.quantize(q / 2, bits.activations)  # sqrt(4)
+  k, v = (reference.quantize(operand, bits.weights) for operand in (k, v))
+  p = np.exp(np.einsum("nqhd,nkhd->nhqk", q, k))
+  p /= p.sum(-1, keepdims=True)
+  rounded = with_zero(p, bits.activations)
+  y = np.einsum("nhqk,nkhd->nqhd", rounded, v).reshape(x.shape)
+  # Backward: each product's output gradient is rounded once, used twice.
+  dy = reference.quantize(
+    parted(g @ kernels["out"].T), bits.gradients, floor=None
+  )
+  dp = np.einsum("nqhd,nkhd->nhqk", dy, v)
+  dlogits = reference.quantize(
+    p * (dp - np.sum(p * dp, -1, keepdims=True)), bits.gradients, floor=None
+  )
+  outputs = {
+    "query": np.einsum("nhqk,nkhd->nqhd", dlogits, k) / 2,
+    "key": np.einsum("nhqk,nqhd->nkhd", dlogits, q),
+    "value": np.einsum("nhqk,nqhd->nkhd", rounded, dy),
+    "out": g,
+  }
+  outputs = {name: d.reshape(x.shape) for name, d in outputs.items()}
+  grads = {
+    name: {
+      "kernel": np.einsum("nti,nto->io", y if name == "out" else x, d),
+      "bias": d.sum((0, 1)),
+    }
+    for name, d in outputs.items()
+  }
+  dx = sum(outputs[n] @ kernels[n].T for n in ("query", "key", "value"))
+  return y @ kernels["out"] + params["out"]["bias"], (grads, dx)
+
+
+def test_both_products_quantized_against_attention_written_out():
+  nearest = grids.Quantization(gradients=grids.Grid())
+  module = attention.SelfAttention(3, quantization=nearest)
+  bits = grids.LayerBits(weights=5, activations=3, gradients=6)
+  widths = dict.fromkeys(("query", "key", "value", "out"), 32)
+  variables = precision.assign_bits(
+    initial(module), widths | {"qk": bits, "av": bits}
+  )
+  # Larger than the initial ones, so that the softmax is far from uniform.
+  random = np.random.default_rng(2)
+  params = jax.tree.map(
+    lambda leaf: random.normal(0, 0.4, leaf.shape).astype(np.float32),
+    variables["params"],
+  )
+  g = random.normal(size=X.shape).astype(np.float32)
+
+  @jax.jit
+  def run(params, x):
+    def function(params, x):
+      return module.apply(
+        {**variables, "params": params}, x, mutable=["quant_stats"]
+      )
+
+    y, vjp, _ = jax.vjp(function, params, x, has_aux=True)
+    return y, vjp(g)
+
+  got = run(params, X)
+  as_double = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+  want = written_out(as_double, np.asarray(X, np.float64), g, bits)
+  # A sum that cancels, the gradient of the key bias, has the largest error.
+  checks.assert_near(got, want, 1e-4)
 
 
 def test_the_softmax_is_in_float32(product_calls):

@@ -192,6 +192,73 @@ def test_noise_differs_from_step_to_step():
   assert np.max(np.abs(moving[:, -1] - moving[:, -2])) > 1e-3
 
 
+# Nearest rounding throughout: a loop of cells draws noise of its own.
+NEAREST = grids.Quantization(gradients=grids.Grid())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def one_step(cell, variables, carry, x):
+  """(carry, output) and updates of a training step of the cell."""
+  return cell.apply(variables, carry, x, mutable=["quant_stats"])
+
+
+def unrolled_and_looped(gradient_width):
+  """[(loss, outputs, ranges), gradients] by `unroll` and by a Python loop."""
+  cell, xs = lstm.QuantLSTMCell(4, NEAREST), sequence()
+  carry = (jnp.full((2, 4), 0.3), jnp.full((2, 4), -0.7))
+  _, variables = random_cell()
+  stats = jax.tree.map(jnp.zeros_like, cell.init(checks.KEY, carry, xs[:, 0]))
+  widths = grids.LayerBits(4, 4, gradient_width)
+  variables = precision.assign_bits(
+    stats | variables, {"input": 32, "recurrent": widths}
+  )
+
+  def unroll(variables, carry, xs):
+    return cell.apply(
+      variables, carry, xs, method="unroll", mutable=["quant_stats"]
+    )
+
+  def loop(variables, carry, xs):
+    ys = []
+    for t in range(xs.shape[1]):
+      (carry, y), updates = one_step(cell, variables, carry, xs[:, t])
+      variables = variables | updates
+      ys.append(y)
+    return (carry, jnp.stack(ys, 1)), updates
+
+  def both(run):
+    def loss(params, carry, xs):
+      (last, ys), updates = run(variables | {"params": params}, carry, xs)
+      # Unlike from step to step, and both parts of the carry count.
+      weights = jnp.cos(jnp.arange(ys.size, dtype=jnp.float32))
+      value = jnp.sum(ys * weights.reshape(ys.shape)) + jnp.sum(last[0] ** 2)
+      return value, (last, ys, updates["quant_stats"]["recurrent"])
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    return jax.jit(gradient)(variables["params"], carry, xs)
+
+  return both(unroll), both(loop)
+
+
+def test_a_quantized_unroll_is_a_loop_of_quantized_cells():
+  ((_, got), got_grads), ((_, want), want_grads) = unrolled_and_looped(4)
+  checks.assert_close(got[:2], want[:2], 2e-7)
+  checks.assert_close(got_grads, want_grads, 5e-7)
+  stats, want_stats = got[2], want[2]
+  assert stats["count"] == want_stats["count"] == sequence().shape[1]
+  for end in ("lo", "hi"):
+    np.testing.assert_array_max_ulp(
+      np.asarray(stats[end]), np.asarray(want_stats[end]), maxulp=4
+    )
+  # The width of the gradients is in effect within the loop, and nowhere else.
+  ((_, float_got), float_grads), _ = unrolled_and_looped(32)
+  checks.assert_same(float_got, got)
+  change, _ = checks.distance(
+    got_grads[0]["recurrent"], float_grads[0]["recurrent"]
+  )
+  assert change > 1e-2
+
+
 # Float, few bits, one row.
 
 
@@ -312,6 +379,20 @@ def test_likelihoods_are_those_of_a_distribution(tied):
   want = -np.take_along_axis(np.asarray(log_p), targets[..., None], -1)[..., 0]
   np.testing.assert_allclose(loss, want, atol=1e-5)
   checks.assert_same(carry, same_carry)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("word", [-1, VOCABULARY])
+def test_words_outside_the_vocabulary_are_not_a_number(word, tied):
+  model = CASE.build(quantization=None, tied=tied)
+  variables = checks.initial(CASE, model)
+  tokens, targets = texts(2)
+  apply = jax.jit(model.apply)
+  losses, _ = apply(variables, tokens.at[0, 2].set(word), targets)
+  where = np.argwhere(np.isnan(losses)).tolist()
+  assert where == [[0, t] for t in range(2, STEPS)]
+  losses, _ = apply(variables, tokens, targets.at[1, 3].set(word))
+  assert np.argwhere(np.isnan(losses)).tolist() == [[1, 3]]
 
 
 # Dropout.

@@ -221,6 +221,17 @@ def test_dropout_before_the_classifier(name, rate):
     seen.clear()
 
 
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("rate", [1.5, 1, -0.2])
+def test_dropout_is_a_share(name, rate):
+  image, _ = FORMS[name]
+  model = models.create(name, num_classes=7, dropout=rate)
+  with pytest.raises(
+    ValueError, match=rf"^dropout = {rate}: must be in \[0, 1\)"
+  ):
+    jax.eval_shape(model.init, jax.random.key(0), image)
+
+
 @pytest.mark.parametrize(
   ("channels", "multiplier", "expected"),
   [

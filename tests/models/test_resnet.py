@@ -15,12 +15,16 @@ from dpc_jax.models import resnet
 from dpc_jax.quant import grids, precision
 from tests.models import checks
 
+# Arithmetic, not a citation, for shortcuts of option B. He et al., 2016, table
+# 6, print 0.27M and 1.7M for 20 and 110 layers with shortcuts of option A,
+# which have none of these 2,752 parameters.
 PARAMETERS = {
   "resnet20": 272_474,
   "resnet38": 564_122,
   "resnet74": 1_147_418,
   "resnet110": 1_730_714,
 }
+# Arithmetic too, rounded.
 CONV_MACS = {"resnet38": 83.3e6, "resnet74": 168.2e6, "resnet110": 253.1e6}
 IMAGE = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 
@@ -36,9 +40,18 @@ def test_parameters(name):
     math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"])
   ]
   assert sum(sizes) == PARAMETERS[name]
+  n = (int(name[6:]) - 2) // 6
+  # A product's weights, and scale and bias of its normalization.
+  stem = (9 * 3 + 2) * 16
+  stages = sum(
+    (9 * inputs + 2) * f + (2 * n - 1) * (9 * f + 2) * f
+    for inputs, f in ((16, 16), (16, 32), (32, 64))
+  )
+  shortcuts = (16 + 2) * 32 + (32 + 2) * 64
+  assert shortcuts == 2752
+  assert sum(sizes) == stem + stages + shortcuts + (64 + 1) * 10
   # Every convolution has widths and a running range, the classifier none.
-  blocks = (int(name[6:]) - 2) // 6
-  assert len(precision.layer_bits(variables)) == 1 + 6 * blocks + 2
+  assert len(precision.layer_bits(variables)) == 1 + 6 * n + 2
 
 
 @pytest.mark.parametrize("name", CONV_MACS)
@@ -94,6 +107,15 @@ def test_unknown_names_and_sizes():
     assert "resnet38" in str(e.value) and "\n" not in str(e.value)
   with pytest.raises(ValueError, match="num_classes = 0: must be"):
     models.create("resnet8", num_classes=0)
+  for field, value in (("width", 8.0), ("width", 0.5), ("width", True)):
+    with pytest.raises(
+      ValueError, match=f"^{field} = {value}: must be an integer$"
+    ):
+      models.create("resnet8", num_classes=10, **{field: value})
+  for name in ("resnet8", "vit_tiny", "lstm_lm", "mobilenet_v2"):
+    with pytest.raises(ValueError, match=r"^num_classes = 10\.0: must be an"):
+      models.create(name, num_classes=10.0)
+  assert models.create("resnet8", num_classes=np.int64(10)).num_classes == 10
   with pytest.raises(ValueError, match="'widht'"):
     models.create("resnet8", num_classes=10, widht=8)
   assert {"resnet8", "resnet20", "resnet110"} <= set(models.names())
@@ -181,16 +203,8 @@ def test_a_step_at_few_bits_reaches_every_parameter(small):
   assert len(losses) == 3
 
 
-def test_a_batch_of_one(small):
-  quantized, _, variables, _ = small
-  train = jax.jit(
-    functools.partial(
-      quantized.apply, train=True, mutable=["batch_stats", "quant_stats"]
-    )
-  )
-  logits, updates = train(variables, images(1))
-  assert logits.shape == (1, 3)
-  assert all(np.all(np.isfinite(v)) for v in jax.tree.leaves((logits, updates)))
+def test_a_batch_of_one():
+  checks.check_batch_of_one(DEEPER)
 
 
 def test_evaluation_changes_nothing_and_needs_no_train_argument(small):

@@ -129,6 +129,11 @@ def test_few_bits(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_few_bits_scanned(name):
+  checks.check_few_bits(CASES[name][0], scan=True)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_batch_of_one(name):
   checks.check_batch_of_one(CASES[name][0])
 

@@ -327,13 +327,15 @@ def test_bfloat16_gives_float32_losses():
   np.testing.assert_allclose(losses, want, rtol=0.1)
 
 
-def test_words_outside_the_vocabulary_are_not_a_number():
-  model = CASE.build(quantization=None)
+@pytest.mark.parametrize("cutoffs", [CUTOFFS, ()])
+@pytest.mark.parametrize("word", [-1, WORDS])
+def test_words_outside_the_vocabulary_are_not_a_number(word, cutoffs):
+  model = CASE.build(quantization=None, cutoffs=cutoffs)
   variables = checks.initial(CASE, model)
   tokens, targets = inputs(2)
-  losses = apply(model, variables, tokens.at[0, 4].set(WORDS), targets)
+  losses = apply(model, variables, tokens.at[0, 4].set(word), targets)
   assert np.all(np.isnan(losses[0])) and np.all(np.isfinite(losses[1]))
-  losses = apply(model, variables, tokens, targets.at[1, 3].set(WORDS))
+  losses = apply(model, variables, tokens, targets.at[1, 3].set(word))
   assert np.argwhere(np.isnan(losses)).tolist() == [[1, 3]]
 
 

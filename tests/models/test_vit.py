@@ -190,6 +190,10 @@ def test_few_bits():
   checks.check_few_bits(CASE)
 
 
+def test_few_bits_scanned():
+  checks.check_few_bits(CASE, scan=True)
+
+
 def test_batch_of_one():
   checks.check_batch_of_one(CASE)
 

@@ -100,9 +100,22 @@ def test_a_module_named_like_an_operand_is_no_layer():
 def test_a_layer_without_a_kernel_is_named():
   params = {"a": {"b": {"bias": _width(3)}}}
   variables = {"params": params, "precision": {"a": {"b": _precision()}}}
-  match = "'a/b' has widths and parameters but no 'kernel'"
+  match = "'a/b' has widths but no 'kernel'"
   with pytest.raises(ValueError, match=match):
     capacity.layer_capacities(variables)
+
+
+def test_a_product_is_told_from_a_layer_whose_parameters_are_elsewhere():
+  """Of another model, or of its other layout: one running range, not two."""
+  variables = {
+    "params": {"a": _layer(4, 6)},
+    "precision": {"a": _precision(), "b": _precision()},
+    "quant_stats": {"b": {"lo": _width(), "hi": _width(), "count": _width()}},
+  }
+  with pytest.raises(ValueError, match="'b' has widths but no 'kernel'"):
+    capacity.layer_capacities(variables)
+  variables["quant_stats"]["b"]["rhs_lo"] = _width()
+  assert capacity.layer_capacities(variables) == {"a": 24, "b": 0}
 
 
 def test_a_product_without_parameters_has_no_weights():

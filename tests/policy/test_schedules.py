@@ -157,11 +157,16 @@ def test_dpc_gives_b_max_to_products_and_no_part_in_the_center():
   assert bits.pop("qk") == (8, 8, 8)
   assert bits.pop("blocks/qk") == ([8] * 3, [8] * 3, [8] * 3)
   assert bits == _ints(init(CAPACITIES).bits)
-  for operand, width in (("weights", 5), ("activations", 32), ("gradients", 6)):
+  # Both operands are activations.
+  for operand, width, expected in (
+    ("weights", 5, (8, 8, 8)),
+    ("activations", 32, (32, 32, 8)),
+    ("gradients", 6, (8, 8, 6)),
+  ):
     bits = schedules.dpc(3, 8, **{operand: width}).init(CAPACITIES | products)
     for path in products:
-      got = np.unique(getattr(bits.bits[path], operand))
-      assert got.tolist() == [width]
+      got = [np.unique(w).tolist() for w in bits.bits[path]]
+      assert got == [[w] for w in expected]
   with pytest.raises(ValueError, match=r"\['qk'\]=0, and no other"):
     init({"qk": 0})
 

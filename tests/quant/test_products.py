@@ -255,6 +255,31 @@ def test_zeros_stay_zeros_where_nothing_is_negative():
     assert products.relative_error(y, want) < 2e-6
 
 
+@pytest.mark.parametrize("bits", [2, 8, 32])
+@pytest.mark.parametrize("kind", GRIDS)
+def test_a_masked_place_passes_no_gradient_on(kind, bits):
+  """Exact zeros of the gradient stay: query 0, behind a mask, gets none."""
+  stochastic = grids.Quantization(
+    activations=grids.Grid(kind),
+    gradients=grids.Grid(kind, "channel", "stochastic"),
+  )
+  lhs, rhs, g = arrays()
+  g = g.at[:, :, 0].set(0.0)
+  for quantization in (GRIDS[kind], stochastic):
+    module = make(quantization=quantization)
+    at = variables(module, grids.LayerBits(8, 8, bits))
+    (_, dq, _), _ = train(module, at, lhs, rhs, g, jax.random.key(0))
+    assert not np.any(dq[:, 0]) and np.any(dq[:, 1])
+    # The keys' gradient has nothing of query 0, whose values are in float.
+    at = variables(module, grids.LayerBits(8, 32, bits))
+    dks = [
+      train(module, at, x, rhs, g, jax.random.key(0))[0][2]
+      for x in (lhs, lhs.at[:, 0].multiply(0.5))
+    ]
+    assert np.any(dks[0])
+    np.testing.assert_array_equal(*dks)
+
+
 def test_integer_residuals():
   lhs, rhs, g = arrays()
   plain = make(quantization=grids.Quantization())

@@ -117,15 +117,13 @@ def test_a_run_goes_on_with_its_recurrent_state(tmp_path):
   """Stopped inside an epoch, it ends where an undisturbed one does."""
   config = make_config(steps=8, checkpoint_every=5, eval_every=8)
   loop.train_and_evaluate(config, tmp_path / "whole")
-  run = loop._Run(build.build(config), tmp_path / "cut")
+  parts = build.build(config)
+  build.config_lib.claim_workdir(parts.config, tmp_path / "cut")
+  run = loop._Run(parts, tmp_path / "cut")
   try:
     assert run.train(lambda step: step == 5) is None
   finally:
     run.close()
-  build.config_lib.claim_workdir(run.parts.config, tmp_path / "whole")
-  (tmp_path / "cut" / "config.json").write_text(
-    (tmp_path / "whole" / "config.json").read_text()
-  )
   loop.train_and_evaluate(config, tmp_path / "cut")
   whole, cut = (
     tiny.saved_state(config, tmp_path / name, 8) for name in ("whole", "cut")
@@ -161,9 +159,11 @@ def test_models_and_data_of_different_kinds(text):
   assert "'lstm_lm': reads text, but digits is images" in str(caught.value)
 
 
-def test_a_batch_larger_than_the_text(text):
+@pytest.mark.parametrize("field", ["batch_size", "eval_batch_size"])
+def test_more_rows_than_tokens(text, field):
+  """Before anything compiles: of evaluation too, which comes late."""
   with pytest.raises(
     build.config_lib.ConfigError, match=r"config\.data: "
   ) as e:
-    build.build(make_config(batch_size=1000), text)
+    build.build(make_config(**{field: 1000}), text)
   assert "\n" not in str(e.value)

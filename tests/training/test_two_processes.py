@@ -103,6 +103,32 @@ def test_as_one_process(method, together, tmp_path):
     assert there[key] == summary[key]
 
 
+def test_text_as_one_process(together, tmp_path):
+  """The carry is split by rows; evaluation is filled up, and exact."""
+  config = two_processes.make_text_config()
+  loop.train_and_evaluate(config, tmp_path)
+  one, two = (
+    tiny.read_lines(path / "metrics.jsonl", "tokens_per_second")
+    for path in (tmp_path, together / "text")
+  )
+  assert [(x["step"], x["split"]) for x in two] == [
+    (x["step"], x["split"]) for x in one
+  ]
+  assert {x["split"] for x in one} == {"train", "validation", "test"}
+  np.testing.assert_allclose(
+    [x["loss"] for x in two], [x["loss"] for x in one], rtol=0, atol=1e-5
+  )
+  states = [
+    tiny.saved_state(config, path, 6) for path in (tmp_path, together / "text")
+  ]
+  carries = [
+    np.concatenate([x.ravel() for name, x in s.items() if ".carry" in name])
+    for s in states
+  ]
+  assert np.any(carries[0])
+  np.testing.assert_allclose(*carries, atol=1e-5)
+
+
 def test_a_checkpoint_of_two_processes_is_read_by_one(together):
   config = two_processes.make_config("dpc")
   state = tiny.saved_state(config, together / "dpc", 6)

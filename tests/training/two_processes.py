@@ -1,7 +1,7 @@
 """One process of several: python -m tests.training.two_processes ...
 
 Arguments: address of the coordinator, processes, index of this one, workdir.
-Trains a float run, a DPC run, and one that only SIGTERM ends.
+Trains a float run, a DPC run, an LSTM, and one that only SIGTERM ends.
 """
 
 import pathlib
@@ -30,6 +30,23 @@ def make_config(method: str, **changes):
   )
 
 
+def make_text_config():
+  """An LSTM whose carry lies on both; 3 rows of evaluation on 4 devices."""
+  return make_config(
+    "float",
+    **{
+      "data.name": "ptb",
+      "data.fake": True,
+      "data.unroll": 9,
+      "data.augment": None,
+      "model.name": "lstm_lm",
+      "model.width": 8,
+      "model.layers": 1,
+      "eval_batch_size": 3,
+    },
+  )
+
+
 def main() -> None:
   """Joins the others, then trains."""
   address, count, index, workdir = sys.argv[1:]
@@ -44,6 +61,7 @@ def main() -> None:
     summary = loop.train_and_evaluate(make_config(method), workdir / method)
     if summary["steps"] != 6:
       raise ValueError(f"steps = {summary['steps']} in the summary")
+  loop.train_and_evaluate(make_text_config(), workdir / "text")
   endless = make_config(
     "dpc",
     **{"steps": 1_000_000, "checkpoint_every": 10**6, "eval_every": 10**6},
