@@ -6,11 +6,13 @@ r"""A two-layer LSTM of width 650 on Penn Treebank, 40 epochs of SGD.
 Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
 Not run at full length here, and its time not measured.
 Published test perplexity: 96.95 static 8/8, 96.39 CPT (CPT); their LSTM's
-other settings are not known to us, and the schedule, cosine, is ours. Bounds:
-CPT's for LSTMs, 5..8.
+other settings are not known to us, and the schedule, cosine, is ours.
+Bounds: CPT's for LSTMs, 5..8.
 All four products have 1,690,000 weights, so DPC gives each of them 7 bits. The
-softmax is in float and costs more than they do: --config.model.quantize_all=
-True quantizes it too.
+softmax is in float and costs more than they do; to quantize it too:
+
+    --config.model.quantize_all=True
+
 DIR holds the prepared set or the plain text files (README).
 """
 

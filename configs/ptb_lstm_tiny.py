@@ -7,8 +7,10 @@ Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
 The README's table has the figures and the time. No published figure: the model
 is ours. Bounds: CPT's for LSTMs, 5..8.
 Both products have 160,000 weights, so DPC gives each of them 7 bits. The
-softmax is in float and costs more than they do: --config.model.quantize_all=
-True quantizes it too.
+softmax is in float and costs more than they do; to quantize it too:
+
+    --config.model.quantize_all=True
+
 DIR holds the prepared set or the plain text files (README).
 """
 

@@ -153,6 +153,12 @@ def _text_feed(config, data, eval_rows, devices) -> Feed:
 
   for split in data.splits.keys() - {"train"}:
     evaluate(split)  # Checks, and reads nothing yet.
+  longest = -(-len(data.splits["train"]) // config.batch_size)
+  if config.data.unroll > longest:
+    raise config_lib.ConfigError(
+      f"config.data.unroll = {config.data.unroll}: the {config.batch_size} rows"
+      f" of a batch have {longest} tokens each; use 1..{longest}"
+    )
   return Feed(
     sample=make_sample(config, data),
     rows_per_epoch=rows_per_epoch(config, data),

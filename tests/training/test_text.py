@@ -167,3 +167,12 @@ def test_more_rows_than_tokens(text, field):
   ) as e:
     build.build(make_config(**{field: 1000}), text)
   assert "\n" not in str(e.value)
+
+
+def test_an_unroll_longer_than_a_row(text):
+  with pytest.raises(build.config_lib.ConfigError) as caught:
+    build.build(make_config(**{"data.unroll": 51}), text)
+  assert "config.data.unroll = 51: the 8 rows of a batch have 50" in str(
+    caught.value
+  )
+  build.build(make_config(**{"data.unroll": 50}), text)
