@@ -121,9 +121,9 @@ def prepare(
   try:
     _write(part, splits, names, shards)
     part.rename(folder)
-  except BaseException:
-    shutil.rmtree(folder.parent)
-    raise
+  finally:
+    if not folder.exists():
+      shutil.rmtree(folder.parent)
   return {split: len(part) for split, part in splits.items()}
 
 
