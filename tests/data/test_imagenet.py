@@ -725,6 +725,22 @@ def test_prepare_program_explains_itself_and_its_mistakes(tmp_path, capsys):
   assert "has an imagenet2012 already" in fails()
 
 
+def test_preparing_leaves_all_or_nothing(tmp_path, monkeypatch):
+  """Ctrl-C included: tfds takes an incomplete folder for a prepared one."""
+  labels = _write_photos(tmp_path / "photos", 10)
+  arguments = tmp_path / "photos", labels, tmp_path / "data"
+
+  def interrupted(path, examples):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as m:
+    m.setattr(prepare_imagenet, "_write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      prepare_imagenet.prepare(*arguments)
+  assert not (tmp_path / "data" / "imagenet2012").exists()
+  assert prepare_imagenet.prepare(*arguments) == {"train": 8, "validation": 2}
+
+
 @pytest.fixture
 def photos(shared_data, tmp_path):
   """The 290 real photos as a prepared set: its data_dir."""
