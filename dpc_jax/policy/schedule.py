@@ -47,12 +47,38 @@ class Schedule(NamedTuple):
       after the step before: "statistics", {path: GradientStatistics} of the
       raw gradients, and "loss", float32 (), the mean over that step's batch
       (NaN at step 0). Such a schedule refuses None.
+    moves: `moves(state) -> [Move]`, on the host: all changes so far, in the
+      order of their steps, out of a record that the state keeps. A schedule
+      that needs nothing may leave it out: replaying it gives its changes.
   """
 
   init: Callable[..., Any]
   update: Callable[..., Any]
   evaluation: Callable[[Any], dict[str, grids.LayerBits]] | None = None
   needs: tuple[str, ...] = ()
+  moves: Callable[[Any], list["Move"]] | None = None
+
+
+class Move(NamedTuple):
+  """A layer's change of widths.
+
+  Attributes:
+    step: the first step at the new widths.
+    path: of the layer.
+    old: the widths before, [weights, activations, gradients], each an int, or
+      a list of the stacked layers' ints.
+    new: likewise, after.
+    reason: why, in words.
+    signal: what the schedule decided by, a number or a list of the stacked
+      layers'; None where there is none.
+  """
+
+  step: int
+  path: str
+  old: list[Any]
+  new: list[Any]
+  reason: str
+  signal: Any = None
 
 
 class FixedState(NamedTuple):
