@@ -92,6 +92,8 @@ def _data() -> ml_collections.ConfigDict:
   # Training images held out for every choice ("validation"); the test set is
   # for reporting. Text comes with a validation split of its own: 0.
   data.holdout = 0
+  # Of the others, how many are trained on, classes in proportion; none: all.
+  data.train_size = config_dict.placeholder(int)
   # Images in memory: random crop and flip on the device; none: as the data
   # set's recipe says. ImageNet's crops are taken while decoding.
   data.augment = config_dict.placeholder(bool)
@@ -135,10 +137,22 @@ def _precision(method: str) -> ml_collections.ConfigDict:
   precision = ml_collections.ConfigDict()
   # float: the plain model. static<b>, such as static8: b-bit weights and
   # activations in every quantized layer (the model says which; classifiers and
-  # embeddings stay in float). dpc: Eq. 1 between b_min and b_max.
+  # embeddings stay in float). dpc: Eq. 1 between b_min and b_max;
+  # dpc_log_midpoint: with that center. adaptive: starts as dpc and moves bits
+  # by gradient noise; adaptive_reversed: the other way. cpt: all widths cycle
+  # between b_min and b_max; dpc_cpt: between b_min and the layer's B_k. pfq:
+  # the next width when the loss plateaus. Controls that cost what dpc costs:
+  # uniform (uniform_log_midpoint), reversed, random.
   precision.method = method
   precision.b_min = 3
   precision.b_max = 8  # also the width that savings are relative to
+  # "auto": b_min and b_max of the run are those of dpc.precision_bounds at
+  # `bounds_step`; before it all widths are b_max. None: as given above.
+  # float and static<b> have no bounds.
+  precision.bounds = config_dict.placeholder(str)
+  precision.bounds_step = 100  # steps; 0: of the initial weights
+  precision.tau_min = 0.95  # mean cosine similarity that b_min must reach
+  precision.tau_max = 0.9999  # and b_max
   precision.delta = 1.0  # strength of Eq. 1, in [-1, 1]
   precision.center = "median"  # mean, geometric_mean, log_midpoint
   precision.log_form = "base"  # product
@@ -149,7 +163,38 @@ def _precision(method: str) -> ml_collections.ConfigDict:
   precision.kind = "affine"  # grids of all operands: affine or symmetric
   # What the backward pass keeps: none is float, 8 is 8-bit integer codes.
   precision.storage_bits = config_dict.placeholder(int)
+  precision.seed = 0  # of the method random
+  precision.cycles = 32  # of cpt and dpc_cpt, over the run
+  precision.adaptive = _adaptive()
+  precision.pfq = pfq = ml_collections.ConfigDict()  # FracTrain's rule
+  pfq.stages = 4  # widths from b_min to b_max, evenly spaced
+  pfq.window = 5  # epochs that the loss is compared over
+  # Fall of the loss over the window, relative to its first epochs' mean, below
+  # which the next stage begins; times `decay` after each.
+  pfq.threshold = 0.05
+  pfq.decay = 0.3
   return precision
+
+
+def _adaptive() -> ml_collections.ConfigDict:
+  """The rule of the methods adaptive and adaptive_reversed."""
+  adaptive = ml_collections.ConfigDict()
+  adaptive.warmup = 2  # epochs before the reference is taken
+  adaptive.patience = 2  # epochs in a row before a layer moves
+  adaptive.threshold = 0.25  # half of the dead band, nats
+  # Fraction of the run after which nothing moves; none: never.
+  adaptive.freeze = config_dict.placeholder(float)
+  adaptive.rebase = True  # a move sets the layer's reference anew
+  adaptive.signal = "noise_to_signal"  # variance
+  # Largest cost of a step relative to b_max everywhere; none: no limit.
+  adaptive.budget = config_dict.placeholder(float)
+  adaptive.memory = "full"  # of the mean gradient: full, sketch
+  # Of the mean gradient's moving average. A long one finds no signal: see
+  # experiments/adaptive/README.md.
+  adaptive.decay = 0.5
+  # Of the average over the ratios that it gives; none: 1 - 1/steps_per_epoch.
+  adaptive.average = config_dict.placeholder(float)
+  return adaptive
 
 
 def _optimizer() -> ml_collections.ConfigDict:

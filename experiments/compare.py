@@ -1,87 +1,325 @@
-r"""Trains one recipe with several methods and compares them.
+r"""Trains one recipe with several methods and seeds, and compares them.
 
   python -m experiments.compare --config=configs/digits_resnet8.py \
-    --methods=static8,dpc --workdir=runs/demo
+    --methods=static8,dpc --seeds=5 --workdir=runs/digits
 
-Each method has its own folder in the workdir; finished runs are not trained
-again. Beside them: `report.md`, `bits.png`, and all summaries in
-`comparison.json`.
+Every run has its own folder, WORKDIR/METHOD/seedN. The same command goes on
+where it was stopped; finished runs are not trained again, and one that fails
+does not keep the others from running. Several commands may share a workdir: a
+run that another one is at is left to it. When all is done, a command that names
+all methods writes the joint report.
+
+Beside the runs: `report.md`, `pareto.png`, `bits.png`, and all summaries and
+statistics in `results.json`.
 """
 
+import contextlib
 import copy
+import dataclasses
+import fcntl
+import functools
 import json
+import math
+import os
 import pathlib
 import shlex
 import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import ml_collections
 from absl import flags
 
-from dpc_jax.analysis import plots, report
+from dpc_jax.analysis import comparison, plots, report
+from dpc_jax.data import prepared
 from dpc_jax.training import config as config_lib
-from dpc_jax.training import loop
+from dpc_jax.training import loop, methods, termination
 from experiments import cli
 
 _METHODS = flags.DEFINE_list(
-  "methods", ["static8", "dpc"], "Methods to train: float, static<b>, dpc."
+  "methods",
+  ["static8", "dpc"],
+  f"Methods to train: {', '.join(methods.names())}, with <b> as in static8.",
+)
+_SEEDS = flags.DEFINE_integer(
+  "seeds",
+  1,
+  "Seeds per method, config.seed and those after it; an interval needs two,"
+  " a claim more.",
+  lower_bound=1,
+)
+# What one run may die of while the others can go on: a diverged loss and what
+# XLA raises (RuntimeError), a full disk, memory, damaged data.
+_RUN_ERRORS = (
+  ArithmeticError,
+  MemoryError,
+  OSError,
+  RuntimeError,
+  config_lib.ConfigError,
+  prepared.DataError,
 )
 
 
-def main() -> None:
-  """Trains `--config` once per method in `--workdir/METHOD`."""
-  workdir = pathlib.Path(cli.FLAGS.workdir)
-  configs = {}
-  for method in dict.fromkeys(_METHODS.value):
-    config = copy.deepcopy(cli.FLAGS.config)
-    config.precision.method = method
-    # All of them first: a mistake in the last must not cost the first's time.
-    config_lib.validate(config)
-    configs[method] = config
-  if not configs:
-    raise config_lib.ConfigError("--methods is empty: name at least one")
-  summaries = {}
-  for method, config in configs.items():
-    summaries[method] = loop.train_and_evaluate(config, workdir / method)
-    if summaries[method] is None:
-      return
-  first = next(iter(summaries.values()))
-  capacities = {
-    path: cost["weights"]
-    for path, cost in first["layers"].items()
-    if any(path in run["bits"] for run in summaries.values())
-  }
-  if capacities:
-    plots.bits_per_layer(
-      {label: run["bits"] for label, run in summaries.items()},
-      capacities,
-      workdir / "bits.png",
+class Cell(NamedTuple):
+  """One run of the grid."""
+
+  method: str
+  seed: int
+  config: ml_collections.ConfigDict
+
+
+class _BusyError(RuntimeError):
+  """Another process trains the run."""
+
+
+def main() -> int | None:
+  """Trains the grid of `--methods` and `--seeds`, reports, returns the code."""
+  workdir = pathlib.Path(cli.FLAGS.workdir).expanduser()
+  cells = grid(cli.FLAGS.config, _METHODS.value, _SEEDS.value)
+  with termination.watch() as is_stopping:
+    outcome = train(cells, workdir, is_stopping)
+  if outcome is None:
+    return None
+  runs, failures = outcome
+  if any(runs.values()):
+    _report(runs, failures, workdir)
+  if failures:
+    print(
+      f"error: {len(failures)} of {len(cells)} runs failed; the same command"
+      " tries them again",
+      file=sys.stderr,
     )
+  return 1 if failures else 0
+
+
+def grid(
+  config: ml_collections.ConfigDict, names: list[str], seeds: int
+) -> list[Cell]:
+  """The runs in their order: all methods of a seed before the next seed.
+
+  Args:
+    config: of all runs but for `precision.method` and `seed`.
+    names: of the methods; one that comes twice counts once.
+    seeds: how many, from `config.seed` on.
+
+  Raises:
+    ConfigError: no method, or a mistake in any run's config: all are checked
+      before the first is trained.
+  """
+  cells = []
+  for seed in range(config.seed, config.seed + seeds):
+    for method in dict.fromkeys(names):
+      of_run = copy.deepcopy(config)
+      of_run.precision.method = method
+      of_run.seed = seed
+      config_lib.validate(of_run)
+      cells.append(Cell(method, seed, of_run))
+  if not cells:
+    raise config_lib.ConfigError("--methods is empty: name at least one")
+  return cells
+
+
+def train(
+  cells: list[Cell],
+  workdir: pathlib.Path,
+  is_stopping: Callable[[int], bool] = lambda step: False,
+) -> tuple[dict[str, dict[int, Any]], list[comparison.Failure]] | None:
+  """Trains what is not finished yet, one run after the other.
+
+  Args:
+    cells: the runs.
+    workdir: of the grid.
+    is_stopping: of `termination.watch`, asked between runs.
+
+  Returns:
+    ({method: {seed: summary}}, failures); None if SIGTERM stopped the grid.
+
+  Raises:
+    ConfigError: of the first run: nothing has been trained, and the mistake is
+      the command's. Of a later run it is one of the failures.
+  """
+  runs: dict[str, dict[int, Any]] = {cell.method: {} for cell in cells}
+  failures = []
+  seconds = []
+  for i, cell in enumerate(cells):
+    if is_stopping(0):
+      return None
+    folder = _folder(workdir, cell)
+    left = [c for c in cells[i:] if not _is_finished(_folder(workdir, c))]
+    print(
+      f"[{i + 1}/{len(cells)}] {cell.method}, seed {cell.seed}"
+      f"{_time_left(seconds, len(left))}",
+      flush=True,
+    )
+    trains, start = not _is_finished(folder), time.monotonic()
+    try:
+      with _claimed(folder) if trains else contextlib.nullcontext():
+        summary = loop.train_and_evaluate(cell.config, folder)
+    except _RUN_ERRORS as error:
+      if i == 0 and isinstance(error, config_lib.ConfigError):
+        raise
+      failures.append(_failure(cell, error))
+      continue
+    if summary is None:
+      return None
+    runs[cell.method][cell.seed] = summary
+    if trains:
+      seconds.append(time.monotonic() - start)
+  return runs, failures
+
+
+def _folder(workdir: pathlib.Path, cell: Cell) -> pathlib.Path:
+  return workdir / cell.method / f"seed{cell.seed}"
+
+
+def _is_finished(folder: pathlib.Path) -> bool:
+  return (folder / "summary.json").exists()
+
+
+def _time_left(seconds: list[float], runs: int) -> str:
+  """What the runs still to do may take, once one has been trained."""
+  if not seconds or not runs:
+    return ""
+  minutes = math.ceil(runs * sum(seconds) / len(seconds) / 60)
+  hours = f"{minutes // 60} h " if minutes >= 60 else ""
+  return f", {runs} to train, about {hours}{minutes % 60} min left"
+
+
+def _failure(cell: Cell, error: Exception) -> comparison.Failure:
+  """Says on stderr, in one line, what a run died of."""
+  text = " ".join(str(error).split())
+  if not isinstance(
+    error,
+    loop.DivergedError
+    | config_lib.ConfigError
+    | prepared.DataError
+    | _BusyError,
+  ):
+    text = ": ".join(filter(None, (type(error).__name__, text)))
+  print(
+    f"error: {cell.method}, seed {cell.seed}: {text}",
+    file=sys.stderr,
+    flush=True,
+  )
+  return comparison.Failure(cell.method, cell.seed, text)
+
+
+@contextlib.contextmanager
+def _claimed(folder: pathlib.Path) -> Iterator[None]:
+  """Keeps a second process from training the same run.
+
+  The lock goes with its process. Where there are no locks or the folder cannot
+  be made, this claims nothing; the training says what is wrong.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("w")
+  except OSError:
+    yield
+    return
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise _BusyError(
+        f"{folder}: another process trains this run; start again when it is"
+        " done"
+      ) from None
+    except OSError:
+      pass
+    try:
+      yield
+    finally:
+      # Processes that were forked meanwhile hold the file open, too.
+      with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _report(
+  runs: dict[str, dict[int, Any]],
+  failures: list[comparison.Failure],
+  workdir: pathlib.Path,
+) -> None:
+  """Writes the report, the pictures and the figures; prints the short table."""
+  b_max = cli.FLAGS.config.precision.b_max
   command = " ".join(
     ["python -m experiments.compare", *map(shlex.quote, sys.argv[1:])]
   )
-  b_max = cli.FLAGS.config.precision.b_max
-  text = report.comparison(summaries, command=command, b_max=b_max)
-  (workdir / "report.md").write_text(text)
-  (workdir / "comparison.json").write_text(
-    json.dumps({"command": command, "runs": summaries}, indent=2) + "\n"
+  runs = {method: by_seed for method, by_seed in runs.items() if by_seed}
+  result = comparison.compare(runs, b_max=b_max)
+  _draw_bits(runs, workdir / "bits.png")
+  _draw_pareto(result, workdir / "pareto.png")
+  text = report.comparison(result, runs, command=command, failures=failures)
+  _write(workdir / "report.md", lambda path: path.write_text(text))
+  figures = {
+    "command": command,
+    "runs": runs,
+    "failures": [dataclasses.asdict(failure) for failure in failures],
+    "statistics": dataclasses.asdict(result),
+  }
+  text_of_figures = json.dumps(figures, indent=2, allow_nan=False) + "\n"
+  _write(
+    workdir / "results.json", lambda path: path.write_text(text_of_figures)
   )
+  first = next(iter(next(iter(runs.values())).values()))
   print(f"\n{first['model']} on {first['dataset']}, {first['steps']} steps\n")
-  print(report.text_table(report.rows(summaries), report.header(summaries)))
-  print(f"\nsaving: against static {b_max}/{b_max} with 8-bit gradients\n")
-  _print_paths(workdir, summaries)
+  print(report.short(result) + "\n")
+  _print_paths(workdir, runs)
 
 
-def _print_paths(workdir, summaries):
+def _draw_bits(runs, path) -> None:
+  """The widths of every method's first seed."""
+  first = {method: by_seed[min(by_seed)] for method, by_seed in runs.items()}
+  layers = next(iter(first.values()))["layers"]
+  capacities = {
+    name: cost["weights"]
+    for name, cost in layers.items()
+    if any(name in run["bits"] for run in first.values())
+  }
+  if capacities:
+    bits = {method: run["bits"] for method, run in first.items()}
+    _write(path, functools.partial(plots.bits_per_layer, bits, capacities))
+
+
+def _draw_pareto(result: comparison.Comparison, path: pathlib.Path) -> None:
+  points = {
+    m.method: (m.relative_to_static, m.final.mean, m.final.low, m.final.high)
+    for m in result.methods
+  }
+  draw = functools.partial(
+    plots.pareto,
+    points,
+    result.frontier,
+    metric=f"final test {result.metric}",
+    unit=f"static {result.b_max}/{result.b_max}",
+  )
+  _write(path, draw)
+
+
+def _write(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
+  """Whole or not at all, whatever another process writes there."""
+  temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+  try:
+    write(temporary)
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _print_paths(workdir, runs) -> None:
   print("written:")
   for name, what in (
     ("report.md", "the comparison, layer by layer"),
+    ("pareto.png", "test metric and cost of the methods"),
     ("bits.png", "bits and N_k per layer"),
-    ("comparison.json", "the summaries of the runs"),
+    ("results.json", "the summaries of the runs, and the statistics"),
   ):
     if (workdir / name).exists():
       print(f"  {workdir / name}  {what}")
-  for label in summaries:
+  for method in runs:
     print(
-      f"  {workdir / label}/  metrics.jsonl, bits.jsonl, checkpoints/,"
+      f"  {workdir / method}/seed*/  metrics.jsonl, bits.jsonl, checkpoints/,"
       " TensorBoard events"
     )
 

@@ -1,16 +1,23 @@
 """Plots of runs: safe for color-blind readers, legible at half width."""
 
+import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from dpc_jax.analysis import labels
 
 # Okabe and Ito's colors, in the order in which they stay apart best.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 # Up to so many layers have their names on the axis.
 _NAMED_LAYERS = 24
+# Costlier methods, in units of the cost, are lines across the plot.
+_FAR_COST = 2.0
+# Costs closer than that must not look far apart.
+_LEAST_RANGE = 0.1
 
 
 def bits_per_layer(
@@ -42,7 +49,8 @@ def bits_per_layer(
   )
   widest = 0
   # Labels that share a width would hide each other: shift them sideways.
-  shifts = 0.16 * (np.arange(len(runs)) - (len(runs) - 1) / 2)
+  shift = min(0.16, 0.8 / len(runs))
+  shifts = shift * (np.arange(len(runs)) - (len(runs) - 1) / 2)
   for i, (label, bits) in enumerate(runs.items()):
     widths = np.array([_width(bits, name) for name in names])
     if np.all(np.isnan(widths)):
@@ -52,16 +60,18 @@ def bits_per_layer(
       x + shifts[i],
       widths,
       linestyle="none",
-      marker=MARKERS[i % len(MARKERS)],
-      color=COLORS[i % len(COLORS)],
-      markersize=7 if len(x) <= _NAMED_LAYERS else 4,
+      **_look(i),
+      markersize=7 if len(x) <= _NAMED_LAYERS and len(runs) <= 6 else 4,
       label=label,
     )
   top.set_ylabel("bits of the weights")
   top.set_ylim(0, widest + 1)
   top.yaxis.get_major_locator().set_params(integer=True)
   top.grid(axis="y", alpha=0.3)
-  top.legend(loc="lower left", ncols=len(runs), frameon=False)
+  if len(runs) <= 4:
+    top.legend(loc="lower left", ncols=len(runs), frameon=False)
+  else:
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
   _draw_sizes(bottom, x, sizes)
   if len(x) <= _NAMED_LAYERS:
     bottom.set_xticks(x, names, rotation=40, ha="right", fontsize=8)
@@ -70,6 +80,14 @@ def bits_per_layer(
   for axis in (top, bottom):
     axis.spines[["top", "right"]].set_visible(False)
   figure.savefig(path, dpi=150)
+
+
+def _look(i):
+  """Color and marker of the i-th run; a color comes again with another one."""
+  return {
+    "color": COLORS[i % len(COLORS)],
+    "marker": MARKERS[(i + i // len(COLORS)) % len(MARKERS)],
+  }
 
 
 def _draw_sizes(axis, x, sizes):
@@ -105,3 +123,208 @@ def _width(bits, name):
   if path in bits:
     return float(np.ravel(bits[path][0])[int(index[:-1])])
   return np.nan
+
+
+def pareto(
+  points: Mapping[str, tuple[float, float, float | None, float | None]],
+  frontier: Collection[str],
+  path: str | pathlib.Path,
+  *,
+  metric: str,
+  unit: str = "static 8/8",
+) -> None:
+  """Draws a test metric against cost, each method with its name beside it.
+
+  Methods on the frontier are filled and joined by a line. Points of almost
+  equal cost are moved apart sideways. A method that costs more than twice the
+  unit, such as float, is a horizontal line with its cost in words: on the axis
+  it would leave one corner to all others.
+
+  Args:
+    points: {method: (cost, mean, low, high)}, at least one: cost in `unit`,
+      and the ends of the mean's interval, None where there is none.
+    frontier: the methods that no other one beats.
+    path: the PNG to write.
+    metric: names the vertical axis.
+    unit: of the cost.
+  """
+  from matplotlib.figure import Figure
+
+  far = {k: point for k, point in points.items() if point[0] > _FAR_COST}
+  near = {k: point for k, point in points.items() if k not in far}
+  if not near:
+    near, far = far, near
+  figure = Figure(figsize=(5.6, 4.2), layout="constrained")
+  axis = figure.subplots()
+  axis.set_xlabel(f"BitOPs of the run, relative to {unit}", fontsize=11)
+  axis.set_ylabel(metric, fontsize=11)
+  axis.grid(alpha=0.3)
+  axis.spines[["top", "right"]].set_visible(False)
+  axis.margins(x=0.15, y=0.12)
+  x = dict(
+    zip(near, _apart([point[0] for point in near.values()]), strict=True)
+  )
+  _draw_methods(axis, near, frontier, x)
+  for _, mean, _, _ in far.values():
+    axis.axhline(mean, color="#777777", linestyle=":", linewidth=1.5)
+  figure.draw_without_rendering()
+  # The names must not move what they were placed around.
+  figure.set_layout_engine("none")
+  along = np.linspace(*axis.get_xlim(), 9)[::-1]
+  # A name stands by its point or, in a crowd, by an end of its bar.
+  anchors = {
+    k: [(x[k], y) for y in near[k][1:] if y is not None] for k in near
+  } | {
+    f"{k}, {cost:.1f} x the cost": [(place, mean) for place in along]
+    for k, (cost, mean, _, _) in far.items()
+  }
+  labels.place(axis, anchors, _obstacles(axis, near, far, x, frontier))
+  figure.savefig(path, dpi=200)
+
+
+def _apart(costs):
+  """Places of points on the axis: those of almost equal cost side by side."""
+  costs = np.array(costs)
+  step = 0.03 * max(np.ptp(costs), _LEAST_RANGE)
+  places = costs.copy()
+  order = np.argsort(costs, kind="stable")
+  for group in np.split(
+    order, 1 + np.flatnonzero(np.diff(costs[order]) > step)
+  ):
+    shifts = np.arange(len(group)) - (len(group) - 1) / 2
+    places[group] = np.mean(costs[group]) + step * shifts
+  return places.tolist()
+
+
+def _draw_methods(axis, points, frontier, x):
+  for i, (label, (_, mean, low, high)) in enumerate(points.items()):
+    look = _look(i)
+    color = look["color"]
+    if low is not None:
+      axis.plot([x[label]] * 2, [low, high], "_-", color=color, ms=7, lw=1.3)
+    axis.plot(
+      x[label],
+      mean,
+      **look,
+      markerfacecolor=color if label in frontier else "white",
+      markeredgewidth=1.6,
+      markersize=8,
+      zorder=3,
+    )
+  best = sorted((x[k], points[k][1]) for k in points if k in frontier)
+  if best:
+    axis.plot(*zip(*best, strict=True), "--", color="#777777", lw=1, zorder=0)
+  left, right = axis.get_xlim()
+  missing = max(_LEAST_RANGE - (right - left), 0) / 2
+  axis.set_xlim(left - missing, right + missing)
+
+
+def _obstacles(axis, near, far, x, frontier):
+  """Boxes, in pixels, that the names keep free: points, bars, lines."""
+  pixels = axis.figure.dpi / 72
+  corners = []
+  for label, (_, mean, low, high) in near.items():
+    corners.append((x[label], mean, mean, 6))
+    if low is not None:
+      corners.append((x[label], low, high, 3))
+  left, bottom, right, top = axis.get_window_extent().extents
+  boxes = []
+  for place, low, high, pad in corners:
+    (a, b), (_, c) = axis.transData.transform([(place, low), (place, high)])
+    pad = pad * pixels
+    boxes.append((a - pad, max(b - pad, bottom), a + pad, min(c + pad, top)))
+  for _, mean, _, _ in far.values():
+    y = axis.transData.transform((0, mean))[1]
+    boxes.append((left, y - pixels, right, y + pixels))
+  best = np.array(sorted((x[k], near[k][1]) for k in near if k in frontier))
+  for start, end in itertools.pairwise(best):
+    line = np.linspace(start, end, 40)
+    for a, b in axis.transData.transform(line):
+      boxes.append((a - pixels, b - pixels, a + pixels, b + pixels))
+  return boxes
+
+
+def similarity_per_width(
+  layers: Mapping[str, Mapping[int, float]],
+  thresholds: Sequence[float],
+  bounds: Sequence[int | None],
+  path: str | pathlib.Path,
+) -> None:
+  """Draws how alike quantized and full-precision weights are, per width.
+
+  The axis is logarithmic in 1 - similarity, so that 0.99 and 0.9999 are as far
+  apart as 0.9 and 0.99 twice; a similarity of 1 lies at its upper end.
+
+  Args:
+    layers: {layer: {width: cosine similarity}}, at least one, all of the same
+      widths.
+    thresholds: tau_min and tau_max.
+    bounds: B_min and B_max; None draws none, where no width was enough.
+    path: the PNG to write.
+  """
+  from matplotlib import ticker
+  from matplotlib.figure import Figure
+
+  widths = np.array(sorted(next(iter(layers.values()))))
+  gaps = 1 - np.array([[row[w] for w in widths] for row in layers.values()])
+  drawn = np.append(gaps, 1 - np.array(thresholds))
+  lowest = min(drawn[drawn > 0], default=1e-6) / 3
+  highest = max(*drawn, 10 * lowest) * 3
+  gaps, mean = np.maximum(gaps, lowest), np.maximum(gaps.mean(0), lowest)
+  figure = Figure(figsize=(7.0, 4.8), layout="constrained")
+  axis = figure.subplots()
+  for i, row in enumerate(gaps):
+    label = f"layers ({len(gaps)})" if i == 0 else None
+    axis.plot(widths, row, color="#999999", lw=0.7, alpha=0.6, label=label)
+  axis.plot(widths, gaps.max(0), "v", color=COLORS[1], ms=6, label="worst")
+  axis.plot(widths, mean, "o-", color=COLORS[0], lw=2.5, ms=6, label="mean")
+  axis.set_xlim(widths[0] - 0.35, widths[-1] + 0.35)
+  _draw_bounds(axis, thresholds, bounds, lowest, last=widths[-1])
+  axis.set_yscale("log")
+  axis.set_ylim(highest, lowest)
+  axis.set_xticks(widths)
+  axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 5), numticks=20))
+  axis.yaxis.set_minor_locator(ticker.NullLocator())
+  axis.yaxis.set_major_formatter(lambda gap, _: f"{1 - gap:.10g}")
+  axis.set_xlabel("bits of the weights")
+  axis.set_ylabel("cosine similarity (log axis of 1 - similarity)")
+  axis.grid(axis="y", alpha=0.3)
+  axis.spines[["top", "right"]].set_visible(False)
+  figure.legend(loc="outside upper center", ncols=3, frameon=False)
+  figure.savefig(path, dpi=150)
+
+
+def _draw_bounds(axis, thresholds, bounds, lowest, last):
+  """Lines of the thresholds and of the widths chosen; `last` is the widest."""
+  for name, tau, bound, x, align in zip(
+    ("min", "max"),
+    thresholds,
+    bounds,
+    axis.get_xlim()[::-1],
+    ("right", "left"),
+    strict=True,
+  ):
+    level = max(1 - tau, lowest)
+    axis.axhline(level, color="black", lw=1, ls="--")
+    axis.annotate(
+      rf"$\tau_{{\mathrm{{{name}}}}}$ = {tau:g}",
+      (x, level),
+      (-4 if align == "right" else 4, 3),
+      textcoords="offset points",
+      ha=align,
+      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0},
+    )
+    if bound is None:
+      continue
+    axis.axvline(bound, color=COLORS[2], lw=1.5, ls=":")
+    # Beside its line and inside; equal bounds one above the other.
+    is_last = bound == last
+    axis.annotate(
+      rf"$B_{{\mathrm{{{name}}}}}$ = {bound}",
+      (bound, 0),
+      (-6 if is_last else 6, 6 if name == "min" else 20),
+      xycoords=axis.get_xaxis_transform(),
+      textcoords="offset points",
+      ha="right" if is_last else "left",
+      color=COLORS[2],
+    )

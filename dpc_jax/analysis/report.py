@@ -1,44 +1,25 @@
-"""Tables and a Markdown report of finished runs, from their summaries."""
+"""Tables and a Markdown report of a grid of finished runs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpc_jax.analysis import cells
+from dpc_jax.analysis import comparison as comparison_lib
 
-def header(summaries: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-  """The columns of the comparison; runs of one data set have one metric."""
-  metric = next(iter(summaries.values()))["metric"]
-  return (
-    "method",
-    f"test {metric}",
-    "GBitOPs",
-    "saving",
-    "mean bits",
-    "seconds",
-  )
-
-
-def rows(
-  summaries: Mapping[str, Mapping[str, Any]],
-) -> list[tuple[str, ...]]:
-  """The cells of the comparison, one tuple per run, in `header`'s order.
-
-  The saving is relative to static B_max; a run that costs more has none and
-  shows its cost as a multiple instead.
-  """
-  table = []
-  for label, run in summaries.items():
-    saving = run["saving_vs_static"]
-    table.append(
-      (
-        label,
-        _score(run),
-        f"{run['gbitops']:,.0f}",
-        f"{saving:.1%}" if saving >= 0 else f"none ({1 - saving:.1f}x)",
-        f"{run['mean_bits']:.2f}",
-        f"{run['seconds']:.0f}",
-      )
-    )
-  return table
+_ABOUT_PARETO = (
+  "Final metric against cost: means over seeds, with 95 % Student-t intervals"
+  " where there are several. Filled points are on the frontier: no other method"
+  " is at least as good and as cheap. Points of almost equal cost stand side by"
+  " side."
+)
+_LEFT_OUT = (
+  "BitOPs count the multiply-accumulates of convolutions, dense layers and"
+  " attention products; normalization, activation functions, embedding"
+  " look-ups, the optimizer and the quantizer itself are left out."
+  " Quantization is simulated in float32, so seconds say nothing about integer"
+  " hardware."
+)
 
 
 def text_table(table: Sequence[Sequence[str]], header: Sequence[str]) -> str:
@@ -68,74 +49,325 @@ def markdown_table(
   return "\n".join(lines)
 
 
+def short(result: comparison_lib.Comparison) -> str:
+  """What a terminal shows: the methods and, with several seeds, verdicts."""
+  b_max = result.b_max
+  parts = [text_table(*_short_methods(result))]
+  note = f"saving: against static {b_max}/{b_max} with 8-bit gradients"
+  if _one_seed(result):
+    return "\n\n".join([*parts, note])
+  for reference, pairs in _by_reference(result, "final").items():
+    is_control = any(pair in result.against_uniform for pair in pairs)
+    header = ["against " + reference, "pairs", "difference", "verdict"]
+    table = [
+      [
+        p.method,
+        str(p.difference.n),
+        cells.difference(p.difference, result.metric),
+        p.verdict,
+      ]
+      for p in pairs
+    ]
+    if is_control:
+      header.insert(2, "equal cost")
+      for line, pair in zip(table, pairs, strict=True):
+        line.insert(2, cells.yes_or_no(pair.equal_cost))
+    parts.append(text_table(table, header))
+  parts.append(
+    f"mean ± standard deviation over seeds; differences of the final test"
+    f" {result.metric}, seed by\nseed, with 95 % intervals; {note}"
+  )
+  return "\n\n".join(parts)
+
+
 def comparison(
-  summaries: Mapping[str, Mapping[str, Any]], *, command: str, b_max: int
+  result: comparison_lib.Comparison,
+  runs: comparison_lib.Runs,
+  *,
+  command: str,
+  failures: Sequence[comparison_lib.Failure] = (),
 ) -> str:
-  """A Markdown report of runs of one model on one data set.
+  """A Markdown report of a grid: one model on one data set.
 
   Args:
-    summaries: {label: summary}, at least one.
+    result: what `comparison.compare` made of the runs.
+    runs: {method: {seed: summary}}, at least one run.
     command: what was typed.
-    b_max: the width that savings are relative to.
+    failures: the cells that did not finish.
   """
-  run = next(iter(summaries.values()))
-  seeds = sorted({s["seed"] for s in summaries.values()})
-  versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+  summaries = [run for by_seed in runs.values() for run in by_seed.values()]
+  picture = ["![Bits and weights per layer](bits.png)", ""]
   return "\n".join(
     [
-      f"# {run['model']} on {run['dataset']}",
+      *_what_ran(summaries, command, failures),
+      "## Methods",
       "",
-      f"`{command}`",
+      markdown_table(*_methods(result)),
       "",
-      f"{run['steps']:,} steps per run on {run['device']}; {versions}.",
+      _about_methods(result),
       "",
-      markdown_table(rows(summaries), header(summaries)),
+      "![Cost and test metric of the methods](pareto.png)",
       "",
-      f"GBitOPs are those of the whole run, forward and backward; the saving is"
-      f" relative to static {b_max}/{b_max} with 8-bit gradients. Mean bits are"
-      " the weights' widths averaged over quantized layers and steps. Seconds"
-      " include evaluation and saving, not compiling.",
+      _ABOUT_PARETO,
       "",
-      "![Bits and weights per layer](bits.png)",
-      "",
+      *_differences(result),
       "## Layers",
       "",
-      markdown_table(*_layers(summaries)),
+      *(picture if any(run["bits"] for run in summaries) else []),
+      markdown_table(*_layers(runs)),
       "",
-      "Bits are weights/activations/gradients at the end of the run.",
+      _about_layers(runs),
       "",
+      *_failed(failures),
       "## Limits",
       "",
-      f"One run per method (seed {', '.join(map(str, seeds))}): how much of a"
-      " difference is the noise of a seed is not measured. BitOPs count the"
-      " multiply-accumulates of convolutions, dense layers and attention"
-      " products; normalization, activation functions, embedding look-ups, the"
-      " optimizer and the quantizer itself are left out. Quantization is"
-      " simulated in float32, so seconds say nothing about integer hardware.",
+      _limits(result, summaries),
       "",
     ]
   )
 
 
-def _score(run):
-  value = run[f"test_{run['metric']}"]
-  return f"{value:.4f}" if run["metric"] == "accuracy" else f"{value:.2f}"
+def _what_ran(summaries, command, failures) -> list[str]:
+  run = summaries[0]
+  seeds = sorted(
+    {s["seed"] for s in summaries} | {failure.seed for failure in failures}
+  )
+  devices = cells.distinct(s["device"] for s in summaries)
+  versions = cells.distinct(
+    ", ".join(f"{k} {v}" for k, v in s["versions"].items()) for s in summaries
+  )
+  return [
+    f"# {run['model']} on {run['dataset']}",
+    "",
+    f"`{command}`",
+    "",
+    f"{run['steps']:,} steps per run; {cells.seeds(seeds)}; on {devices};"
+    f" {versions}.",
+    "",
+  ]
 
 
-def _layers(summaries):
-  runs = list(summaries.values())
-  columns = ("layer", "N_k", "MACs", *(f"bits, {label}" for label in summaries))
+def _short_methods(result):
+  metric = result.metric
+  if _one_seed(result):
+    header = ["method", f"test {metric}", "GBitOPs", "saving", "mean bits"]
+    table = [
+      [m.method, cells.spread(m.final, metric), *cells.cost(m)]
+      for m in result.methods
+    ]
+    for line, method in zip(table, result.methods, strict=True):
+      line.append(f"{method.seconds:.0f}")
+    return table, [*header, "seconds"]
+  header = ["method", "seeds", f"final test {metric}", "best"]
+  table = [
+    [
+      m.method,
+      str(m.final.n),
+      cells.spread(m.final, metric),
+      cells.spread(m.best, metric),
+      *cells.cost(m),
+    ]
+    for m in result.methods
+  ]
+  return table, [*header, "GBitOPs", "saving", "mean bits"]
+
+
+def _methods(result):
+  b_max, metric = result.b_max, result.metric
+  header = (
+    "method",
+    "seeds",
+    f"test {metric}, final",
+    f"test {metric}, best",
+    "GBitOPs",
+    f"cost / static {b_max}/{b_max}",
+    "cost / float",
+    "mean bits",
+    "seconds",
+  )
+  table = [
+    (
+      m.method,
+      str(m.final.n),
+      cells.spread(m.final, metric),
+      cells.spread(m.best, metric),
+      f"{m.gbitops:,.0f}",
+      f"{m.relative_to_static:.4f}",
+      f"{m.relative_to_float:.4f}",
+      f"{m.mean_bits:.2f}",
+      f"{m.seconds:.0f}",
+    )
+    for m in result.methods
+  ]
+  return table, header
+
+
+def _about_methods(result) -> str:
+  b_max = result.b_max
+  best = (
+    "best is the test value at the best validation"
+    if result.has_validation
+    else "best is the best of all evaluations on the test set, chosen on the"
+    " test set itself and so optimistic"
+  )
+  spread = (
+    "" if _one_seed(result) else "Mean ± sample standard deviation over seeds. "
+  )
+  return (
+    f"{spread}Final is the value at the end of the run; {best}. GBitOPs are"
+    " those of a whole run, forward and backward; static"
+    f" {b_max}/{b_max} has 8-bit gradients. Mean bits are the weights' widths"
+    " averaged over quantized layers and steps. Seconds include evaluation and"
+    " saving, not compiling."
+  )
+
+
+def _differences(result) -> list[str]:
+  text = ["## Differences", "", _how_to_read(result), ""]
+  for measure in comparison_lib.MEASURES:
+    for reference, pairs in _by_reference(result, measure).items():
+      family = pairs[0].family
+      count = f", {family} comparisons" if family > 1 else ""
+      text += [
+        f"### {measure.capitalize()}, against {reference}{count}",
+        "",
+        markdown_table(*_pairs(pairs, result)),
+        "",
+      ]
+  if result.missing_references:
+    text += [
+      "Not among the finished runs, so that nothing is compared with it:"
+      f" {', '.join(result.missing_references)}.",
+      "",
+    ]
+  return text
+
+
+def _pairs(pairs, result):
+  header = [
+    "method",
+    "pairs",
+    "difference [95 %]",
+    "p",
+    "p, Holm",
+    "detectable",
+  ]
+  is_control = any(pair in result.against_uniform for pair in pairs)
+  if is_control:
+    header.append("control's cost")
+  table = []
+  for pair in pairs:
+    d = pair.difference
+    line = [
+      pair.method,
+      str(d.n),
+      cells.difference(pair.difference, result.metric),
+      cells.p_value(d.p),
+      cells.p_value(pair.adjusted_p),
+      cells.figure(d.detectable, result.metric),
+    ]
+    if is_control:
+      line.append(cells.control_cost(pair))
+    table.append((*line, pair.verdict))
+  return table, (*header, "verdict")
+
+
+def _how_to_read(result) -> str:
+  better = "Higher" if result.higher_is_better else "Lower"
+  if _one_seed(result):
+    return (
+      f"A difference is the method's test {result.metric} minus the"
+      f" reference's on the same seed. {better} is better. One seed has no"
+      " interval: nothing can be said of a difference yet; `--seeds=5` would"
+      " show more."
+    )
+  return (
+    f"A difference is the method's test {result.metric} minus the reference's"
+    " on the same seed, averaged over pairs, with its 95 % Student-t interval."
+    f" {better} is better, and a verdict says so only where the interval"
+    " excludes zero and p stays below 0.05 after Holm's correction over the"
+    ' comparisons of a table. "No difference shown" is not equality:'
+    " detectable is the smallest true difference that so many seeds show with"
+    " probability 0.8 (without correction), and a control that is not of equal"
+    " cost (within 1 %) mixes cost and merit."
+  )
+
+
+def _layers(runs):
+  first = {
+    method: by_seed[min(by_seed)] for method, by_seed in runs.items() if by_seed
+  }
+  columns = ("layer", "N_k", "MACs", *(f"bits, {method}" for method in first))
   table = [
     (
       f"`{path}`",
       f"{cost['weights']:,}",
       f"{cost['macs']:,}",
-      *(_widths(run["bits"].get(path)) for run in runs),
+      *(cells.widths(run["bits"].get(path)) for run in first.values()),
     )
-    for path, cost in runs[0]["layers"].items()
+    for path, cost in next(iter(first.values()))["layers"].items()
   ]
   return table, columns
 
 
-def _widths(bits):
-  return "float" if bits is None else "/".join(str(width) for width in bits)
+def _about_layers(runs) -> str:
+  seeds = sorted({min(by_seed) for by_seed in runs.values() if by_seed})
+  return (
+    "Bits are weights/activations/gradients at the end of the run"
+    f" ({cells.seeds(seeds)})."
+  )
+
+
+def _failed(failures) -> list[str]:
+  if not failures:
+    return []
+  table = [
+    (f.method, str(f.seed), f.message.replace("|", "\\|")) for f in failures
+  ]
+  return [
+    "## Failed runs",
+    "",
+    markdown_table(table, ("method", "seed", "message")),
+    "",
+  ]
+
+
+def _limits(result, summaries: Sequence[Mapping[str, Any]]) -> str:
+  count = max(method.final.n for method in result.methods)
+  seeds = sorted({run["seed"] for run in summaries})
+  if count == 1:
+    text = (
+      f"One run per method ({cells.seeds(seeds)}): how much of a difference is"
+      " the noise of a seed is not measured. "
+    )
+  else:
+    text = (
+      f"{count} seeds: the intervals take differences between seeds for"
+      " normally distributed, which so few cannot confirm, and say nothing of"
+      " other models, data or lengths of training. Final and best are two"
+      " looks at the same runs; Holm's correction holds within a table, not"
+      " across them. "
+    )
+  examples = summaries[0].get("test_examples")
+  if result.metric == "accuracy" and examples:
+    p = result.methods[0].final.mean
+    error = math.sqrt(max(p * (1 - p), 0) / examples)
+    text += (
+      f"The test set has {examples:,} examples: an accuracy of {p:.4f} has a"
+      f" binomial standard error of {error:.4f} from the choice of these"
+      " examples, which no number of seeds makes smaller. "
+    )
+  return text + _LEFT_OUT
+
+
+def _by_reference(result, measure):
+  """{reference: its pairs of a measure}, static before the controls."""
+  groups = {}
+  for pair in (*result.against_static, *result.against_uniform):
+    if pair.measure == measure:
+      groups.setdefault(pair.reference, []).append(pair)
+  return groups
+
+
+def _one_seed(result) -> bool:
+  return max(method.final.n for method in result.methods) == 1

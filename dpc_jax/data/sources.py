@@ -91,6 +91,7 @@ def load(
   *,
   data_dir: str | os.PathLike[str] | None = None,
   holdout: int = 0,
+  train_size: int | None = None,
   fake: bool = False,
 ) -> "ImageData | imagenet.StreamedImages | corpus.TextData":
   """Loads a data set: small images into memory, ImageNet as a stream, or text.
@@ -102,6 +103,7 @@ def load(
   proportions, to within one image. ImageNet's is not, because the labels alone
   would take reading all of it. Both splits keep the set's own order. `mean`
   and `std` do not depend on `holdout`. Text brings its own 'validation'.
+  `train_size` then takes as many of the rest, by the same rule.
 
   Args:
     name: one of `known()`.
@@ -110,6 +112,7 @@ def load(
       The digits come with scikit-learn and do not look at it.
     holdout: how many training images become 'validation', from 0 to one less
       than there are; 0 for text.
+    train_size: how many of the other training images are trained on; None: all.
     fake: whether to make random data on the spot, in the set's form, small,
       and with classes that can be learned: for trying a program without the
       files. It passes through the same decoding.
@@ -131,9 +134,15 @@ def load(
   if holdout < 0:
     raise ValueError(f"data.holdout={holdout} is negative; 0 holds out none")
   if name in text_files.CORPORA:
+    if train_size is not None:
+      raise ValueError(
+        f"data.train_size={train_size}: text is read whole; leave it out"
+      )
     return _load_text(name, data_dir, holdout, fake)
   data = _READERS[name](data_dir, fake)
-  return _hold_out(data, holdout) if holdout else data
+  if holdout:
+    data = _hold_out(data, holdout)
+  return data if train_size is None else _subset(data, train_size)
 
 
 def known() -> tuple[str, ...]:
@@ -156,6 +165,20 @@ def _hold_out(data: typing.Any, count: int) -> typing.Any:
     "test": data.splits["test"],
   }
   return dataclasses.replace(data, splits=splits)
+
+
+def _subset(data: typing.Any, count: int) -> typing.Any:
+  """Returns image data with `count` training images."""
+  available = len(data.splits["train"])
+  if not 1 <= count <= available:
+    raise ValueError(
+      f"data.train_size={count}: there are {available} training images; use"
+      f" 1..{available}, or leave it out"
+    )
+  if count == available:
+    return data
+  _, train = data.splits["train"].split_off(count)
+  return dataclasses.replace(data, splits=data.splits | {"train": train})
 
 
 def _stratified_order(labels: np.ndarray) -> np.ndarray:

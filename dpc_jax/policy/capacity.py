@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,6 +37,30 @@ def layer_capacities(variables: Mapping[str, Any]) -> dict[str, Any]:
       the one running range of a kernel's input but no kernel, or its kernel
       does not divide into its stacked layers.
   """
+  return {
+    path: _capacity(path, layer) for path, layer in layers(variables).items()
+  }
+
+
+class Layer(NamedTuple):
+  """Where a layer's parameters are.
+
+  Attributes:
+    parameters: its mapping in `params`, with the leaf `kernel`; empty for a
+      product of two activations.
+    stack: shape of its widths: (layers,) where `nn.scan` stacks it, else ().
+  """
+
+  parameters: Mapping[str, Any]
+  stack: tuple[int, ...]
+
+
+def layers(variables: Mapping[str, Any]) -> dict[str, Layer]:
+  """The layers that `layer_capacities` counts, {path: Layer}, in its order.
+
+  Raises:
+    ValueError: as there, but for kernels that do not divide.
+  """
   if "params" not in variables:
     raise ValueError(
       f"variables: no collection 'params' in {sorted(variables)}; "
@@ -46,19 +70,27 @@ def layer_capacities(variables: Mapping[str, Any]) -> dict[str, Any]:
   precision = variables.get("precision")
   if not precision:
     return {
-      path: _shape_size(node["kernel"])[1]
+      path: Layer(node, ())
       for path, node in _nodes(params)
       if _is_leaf(node, "kernel")
     }
   return {
-    path: _capacity(path, _shape_size(node["weights"])[0], variables)
+    path: Layer(
+      _parameters(path, variables), np.shape(unboxed(node["weights"]))
+    )
     for path, node in _nodes(precision)
     if all(_is_leaf(node, name) for name in grids.LayerBits._fields)
   }
 
 
-def _capacity(path: str, stack: tuple[int, ...], variables: Mapping) -> Any:
-  """N_k of the layer at `path`; `stack` is the shape of its widths."""
+def unboxed(leaf: Any) -> Any:
+  """The array of a leaf; a boxed parameter is a tree of one leaf."""
+  (value,) = jax.tree.leaves(leaf)
+  return value
+
+
+def _parameters(path: str, variables: Mapping) -> Mapping[str, Any]:
+  """The mapping in `params` of a layer that has widths."""
   node = _at(variables["params"], path)
   ranges = _at(variables.get("quant_stats", {}), path)
   # A product of two activations has no parameters and two ranges.
@@ -68,7 +100,13 @@ def _capacity(path: str, stack: tuple[int, ...], variables: Mapping) -> Any:
       f"layer {path!r} has widths but no 'kernel' in params; "
       "pass variables of one model"
     )
-  size = _shape_size(node["kernel"])[1] if node else 0
+  return node
+
+
+def _capacity(path: str, layer: Layer) -> Any:
+  """N_k of a layer."""
+  node, stack = layer
+  size = math.prod(np.shape(unboxed(node["kernel"]))) if node else 0
   if not stack:
     return size
   if size % math.prod(stack):
@@ -98,9 +136,3 @@ def _nodes(
 
 def _is_leaf(node: Mapping[str, Any], name: str) -> bool:
   return name in node and not isinstance(node[name], Mapping)
-
-
-def _shape_size(leaf: Any) -> tuple[tuple[int, ...], int]:
-  """Shape and size of a leaf; a boxed parameter is a tree of one leaf."""
-  (value,) = jax.tree.leaves(leaf)
-  return tuple(np.shape(value)), math.prod(np.shape(value))

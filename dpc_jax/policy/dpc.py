@@ -76,7 +76,7 @@ def dpc_bit_widths(
   _check_any(leaves, arrays, capacities)
   counts = np.concatenate([array.ravel() for array in arrays])
   weighted = counts > 0
-  log = _log_term(counts[weighted], center, log_form)
+  log = log_term(counts[weighted], center, log_form)
   exact = (b_max + b_min) / 2 - float(delta) / 2 * (b_max - b_min) * log
   bits = np.full(counts.shape, b_max, np.int64)
   bits[weighted] = np.clip(np.ceil(np.round(exact, _DECIMALS)), b_min, b_max)
@@ -127,7 +127,7 @@ def check_arguments(
       )
 
 
-def _log_term(counts: np.ndarray, center: str, log_form: str) -> np.ndarray:
+def log_term(counts: np.ndarray, center: str, log_form: str) -> np.ndarray:
   """log_r(N_k / N~), or ln(r * N_k / N~), of float64 counts."""
   if counts.min() == counts.max():
     return np.zeros_like(counts)

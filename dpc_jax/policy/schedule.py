@@ -99,7 +99,9 @@ def fixed(choose: Choice) -> Schedule:
   """A schedule that keeps what `choose(capacities)` returns."""
 
   def init(capacities: Mapping[str, Any]) -> FixedState:
-    return FixedState(as_arrays(choose(capacities), capacities))
+    # A choice may compute with what it has made, under a caller's jit too.
+    with jax.ensure_compile_time_eval():
+      return FixedState(as_arrays(choose(capacities), capacities))
 
   return Schedule(init, _fixed_update)
 

@@ -3,10 +3,33 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpc_jax.policy.schedule import FixedState, Schedule, by_equation, fixed
+from dpc_jax.policy.adaptive import adaptive
+from dpc_jax.policy.controls import random_layerwise, reversed_dpc, uniform
+from dpc_jax.policy.cyclic import cyclic, cyclic_dpc
+from dpc_jax.policy.progressive import progressive
+from dpc_jax.policy.schedule import (
+  FixedState,
+  Move,
+  Schedule,
+  by_equation,
+  fixed,
+)
 from dpc_jax.quant import grids
 
-__all__ = ["FixedState", "Schedule", "constant", "dpc"]
+__all__ = [
+  "FixedState",
+  "Move",
+  "Schedule",
+  "adaptive",
+  "constant",
+  "cyclic",
+  "cyclic_dpc",
+  "dpc",
+  "progressive",
+  "random_layerwise",
+  "reversed_dpc",
+  "uniform",
+]
 
 
 def constant(

@@ -1,4 +1,4 @@
-"""The log of bit changes, replayed on the host from the pure schedule."""
+"""The log of bit changes: `bits.jsonl`, and what the console says of them."""
 
 import json
 import pathlib
@@ -20,8 +20,9 @@ class BitsLog:
 
   An object has step, path, old, new, reason; old and new are [weights,
   activations, gradients] (lists of them under `nn.scan`), and old is null at
-  step 0. The train step never waits for it: the schedule is a pure function,
-  which the host runs again.
+  step 0. The train step never waits for it: a schedule that needs nothing but
+  the step is a pure function, which the host runs again; another keeps a record
+  in its state (`Schedule.moves`), and its objects have a `signal` too.
   """
 
   def __init__(
@@ -40,34 +41,76 @@ class BitsLog:
       path: the file, appended to.
       schedule: of the run.
       schedule_state: at `step`; copied to the host.
-      bits: the widths of the step before `step`; not looked at where that is
-        0, so that all of the first ones are logged.
-      step: the first step to replay.
-      reason: what the log says of every change.
+      bits: the widths of the step before `step`; where that is 0, the first
+        ones.
+      step: the first step to log.
+      reason: what the log says of the first widths, and of replayed changes.
+
+    Raises:
+      ValueError: a schedule that needs more than the step, without `moves`.
     """
+    if schedule.needs and schedule.moves is None:
+      raise ValueError(
+        f"schedule.moves = None: one that needs {', '.join(schedule.needs)}"
+        " cannot be replayed; give it a record of its moves"
+      )
     self._path, self._reason, self._step = path, reason, step
-    # A copy: the train step takes the state's buffers for its own.
-    self._state = jax.tree.map(np.array, jax.device_get(schedule_state))
+    self._schedule = schedule
     self._rows = {}
     if step > 0:
-      self._rows = {name: np.stack(layer) for name, layer in bits.items()}
+      self._rows = _as_rows(bits)
+    elif schedule.moves is not None:
+      self._write(self._replaced(bits, reason))
+    self._keep(schedule_state)
+    self._replay = jax.jit(_replayer(schedule))
 
-    def replay(state, first, end):
-      def one(state, step):
-        bits, new = schedule.update(state, step=step)
-        # Past the end the widths are not looked at, and the state stays.
-        kept = jax.tree.map(
-          lambda new, old: jnp.where(step < end, new, old), new, state
-        )
-        return kept, bits
+  def advance(self, step: int, schedule_state: Any) -> list[dict[str, Any]]:
+    """Appends what has changed up to `step`, excluded, and returns it.
 
-      steps = first + jnp.arange(_BLOCK, dtype=jnp.int32)
-      return jax.lax.scan(one, state, steps)
+    Args:
+      step: the next step of the run.
+      schedule_state: before that step; looked at where it has a record.
+    """
+    if self._schedule.moves is None:
+      lines = self._replay_to(step)
+    else:
+      moves = self._schedule.moves(jax.device_get(schedule_state))
+      lines = [
+        move._asdict() for move in moves if self._step <= move.step < step
+      ]
+      self._step = max(self._step, step)
+    self._write(lines)
+    return lines
 
-    self._replay = jax.jit(replay)
+  def replace(
+    self, schedule_state: Any, bits: dict[str, grids.LayerBits], reason: str
+  ) -> None:
+    """Goes on from another state, whose `bits` hold from this step on.
 
-  def advance(self, step: int) -> None:
-    """Replays up to `step`, excluded, and appends what has changed."""
+    Call `advance` to this step first.
+    """
+    self._keep(schedule_state)
+    self._write(self._replaced(bits, reason))
+
+  def _keep(self, schedule_state):
+    # A copy: the train step takes the state's buffers for its own.
+    self._state = jax.tree.map(np.array, jax.device_get(schedule_state))
+
+  def _write(self, lines):
+    if lines:
+      with self._path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+  def _replaced(self, bits, reason) -> list[dict[str, Any]]:
+    lines = []
+    for name, new in _as_rows(bits).items():
+      old = self._rows.get(name)
+      if old is None or not np.array_equal(old, new):
+        lines.append(_line(self._step, name, old, new, reason))
+      self._rows[name] = new
+    return lines
+
+  def _replay_to(self, step: int) -> list[dict[str, Any]]:
     lines = []
     while self._step < step:
       end = min(step, self._step + _BLOCK)
@@ -78,11 +121,8 @@ class BitsLog:
         rows = np.stack(layer, axis=1)[: end - self._step]
         lines += self._changes(name, rows)
       self._step = end
-    if lines:
-      # Stable: layers stay in their order.
-      lines.sort(key=lambda line: line["step"])
-      with self._path.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+    # Stable: layers stay in their order.
+    return sorted(lines, key=lambda line: line["step"])
 
   def _changes(self, name: str, rows: np.ndarray) -> list[dict[str, Any]]:
     """Lines of a layer; `rows` are its widths from `self._step` on."""
@@ -90,16 +130,40 @@ class BitsLog:
     self._rows[name] = rows[-1]
     if old is not None and np.all(rows == old[None]):
       return []
-    lines = []
-    for i, (before, after) in enumerate(zip([old, *rows], rows, strict=False)):
-      if before is None or not np.array_equal(before, after):
-        lines.append(
-          {
-            "step": self._step + i,
-            "path": name,
-            "old": None if before is None else before.tolist(),
-            "new": after.tolist(),
-            "reason": self._reason,
-          }
-        )
-    return lines
+    return [
+      _line(self._step + i, name, before, after, self._reason)
+      for i, (before, after) in enumerate(zip([old, *rows], rows, strict=False))
+      if before is None or not np.array_equal(before, after)
+    ]
+
+
+def _as_rows(bits):
+  return {name: np.stack(layer) for name, layer in bits.items()}
+
+
+def _line(step, name, old, new, reason):
+  return {
+    "step": step,
+    "path": name,
+    "old": None if old is None else old.tolist(),
+    "new": new.tolist(),
+    "reason": reason,
+  }
+
+
+def _replayer(schedule):
+  """(state, first, end) -> (state at `end`, bits of a block from `first`)."""
+
+  def replay(state, first, end):
+    def one(state, step):
+      bits, new = schedule.update(state, step=step)
+      # Past the end the widths are not looked at, and the state stays.
+      kept = jax.tree.map(
+        lambda new, old: jnp.where(step < end, new, old), new, state
+      )
+      return kept, bits
+
+    steps = first + jnp.arange(_BLOCK, dtype=jnp.int32)
+    return jax.lax.scan(one, state, steps)
+
+  return replay

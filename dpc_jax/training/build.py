@@ -14,9 +14,15 @@ from jax.sharding import Mesh
 from dpc_jax import models
 from dpc_jax.cost import bitops, macs
 from dpc_jax.data import corpus, sources
-from dpc_jax.policy import schedules
+from dpc_jax.policy import schedules, statistics
 from dpc_jax.quant import grids
-from dpc_jax.training import checkpoint, sharding, tasks
+from dpc_jax.training import (
+  checkpoint,
+  config_precision,
+  methods,
+  sharding,
+  tasks,
+)
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import feed as feed_lib
 from dpc_jax.training import optimizer as optimizer_lib
@@ -36,6 +42,8 @@ class Parts(NamedTuple):
     model: with or without quantization.
     optimizer: of its parameters.
     schedule: of its widths; empty for a float model.
+    schedule_state: (b_min, b_max) -> the schedule's first state between these
+      bounds, pure.
     costs: {path: LayerCost} of the model.
     static_bits: {path: B_max}, what savings are relative to, of all layers
       that a method other than float quantizes.
@@ -50,6 +58,7 @@ class Parts(NamedTuple):
   model: nn.Module
   optimizer: optax.GradientTransformation
   schedule: schedules.Schedule
+  schedule_state: Callable[[int, int], Any]
   costs: dict[str, bitops.LayerCost]
   static_bits: dict[str, int]
   init: Callable[[jax.Array], state_lib.TrainState]
@@ -94,16 +103,7 @@ def build(
   _check_kind(config)
   with _as_config_error("config.model"):
     model = make_model(config, num_classes=1)
-  with _as_config_error("config.precision"):
-    schedule = make_schedule(config)
-  if data is None:
-    with _as_config_error("config.data"):
-      data = sources.load(
-        config.data.name,
-        data_dir=config.data.dir,
-        holdout=config.data.holdout,
-        fake=config.data.fake,
-      )
+  data = _load(config) if data is None else data
   feed_lib.check_fields(config, data)
   devices = mesh.shape["data"]
   with _as_config_error("config.data"):
@@ -111,10 +111,14 @@ def build(
   config = config_lib.resolve(config, rows, devices)
   with _as_config_error("config.model"):
     model = make_model(config, num_classes=data.num_classes)
-  optimizer = optimizer_lib.make_optimizer(config)
   with _as_config_error("config.data"):
     feed = feed_lib.make_feed(config, data, devices)
   task = feed_lib.make_task(config, data, model)
+  costs = macs.layer_costs(model, feed.sample)
+  run = _describe(config, rows, costs)
+  capacities = _capacities(model, feed.sample)
+  schedule = make_schedule(config, run)
+  optimizer = _with_tracker(config, run, schedule, capacities)
   carry = jax.eval_shape(lambda: task.initial_carry(config.batch_size))
   with _as_config_error("config.model"):
     init = state_lib.make_init(model, optimizer, schedule, feed.sample, carry)
@@ -129,10 +133,24 @@ def build(
     model=model,
     optimizer=optimizer,
     schedule=schedule,
-    costs=macs.layer_costs(model, feed.sample),
+    schedule_state=lambda b_min, b_max: _between(
+      config, run, b_min, b_max
+    ).init(capacities),
+    costs=costs,
     static_bits=_static_bits(config, data.num_classes, feed.sample),
     init=init,
   )
+
+
+def _load(config) -> feed_lib.Data:
+  with _as_config_error("config.data"):
+    return sources.load(
+      config.data.name,
+      data_dir=config.data.dir,
+      holdout=config.data.holdout,
+      train_size=config.data.train_size,
+      fake=config.data.fake,
+    )
 
 
 def _check_kind(config):
@@ -176,31 +194,59 @@ def _static_bits(config, num_classes, sample):
   """{path: B_max} of the layers that have widths, or would in a float run."""
   config = ml_collections.ConfigDict(config.to_dict())
   config.precision.method = "dpc"
-  variables = jax.eval_shape(
-    make_model(config, num_classes).init, jax.random.key(0), sample
-  )
-  return dict.fromkeys(
-    state_lib.quantized_capacities(variables), config.precision.b_max
-  )
+  capacities = _capacities(make_model(config, num_classes), sample)
+  return dict.fromkeys(capacities, config.precision.b_max)
 
 
-def make_schedule(config: ml_collections.ConfigDict) -> schedules.Schedule:
-  """The bit schedule of a config; empty for the method float."""
+def make_schedule(
+  config: ml_collections.ConfigDict, run: methods.Run
+) -> schedules.Schedule:
+  """The bit schedule of a config; empty for the method float.
+
+  Where the bounds are to be found on the way, it starts at b_max everywhere.
+  """
   precision = config.precision
-  if precision.method == "float":
-    return schedules.constant({})
-  # One width for all layers is Eq. 1 between equal bounds.
-  width = config_lib.static_width(precision.method)
-  return schedules.dpc(
-    precision.b_min if width is None else width,
-    precision.b_max if width is None else width,
-    delta=precision.delta,
-    center=precision.center,
-    log_form=precision.log_form,
-    weights=precision.weights,
-    activations=precision.activations,
-    gradients=precision.gradients,
+  finds = config_precision.finds_bounds(config)
+  b_min = precision.b_max if finds else precision.b_min
+  return _between(config, run, b_min, precision.b_max)
+
+
+def _between(config, run, b_min, b_max):
+  precision = ml_collections.ConfigDict(config.precision.to_dict())
+  precision.b_min, precision.b_max = b_min, b_max
+  with _as_config_error("config.precision"):
+    return methods.make_schedule(precision, run)
+
+
+def _describe(config, rows, costs) -> methods.Run:
+  return methods.Run(
+    steps=config.steps,
+    steps_per_epoch=max(1, round(rows / config.batch_size)),
+    macs={path: cost.macs for path, cost in costs.items()},
+    jumps=optimizer_lib.jumps(config),
   )
+
+
+def _capacities(model, sample):
+  return state_lib.quantized_capacities(
+    jax.eval_shape(model.init, jax.random.key(0), sample)
+  )
+
+
+def _with_tracker(config, run, schedule, capacities):
+  """The optimizer, behind gradient statistics where the schedule needs them."""
+  optimizer = optimizer_lib.make_optimizer(config)
+  if "statistics" not in schedule.needs:
+    return optimizer
+  adaptive = config.precision.adaptive
+  average = adaptive.average
+  if average is None:
+    # One step an epoch leaves no decay: look back on two at least.
+    average = 1 - 1 / max(2, run.steps_per_epoch)
+  tracker = statistics.track_gradient_statistics(
+    adaptive.decay, adaptive.memory, capacities=capacities, average=average
+  )
+  return optax.chain(tracker, optimizer)
 
 
 def compile_programs(parts: Parts) -> Programs:
@@ -225,7 +271,7 @@ def compile_programs(parts: Parts) -> Programs:
       next(iter(parts.feed.eval_batch.values())).shape[0]
     )
 
-  eval_step = step_lib.make_eval_step(parts.model, task)
+  eval_step = step_lib.make_eval_step(parts.model, task, parts.schedule)
   rows, eval_rows, carry = (
     checkpoint.abstract_state(tree, jax.tree.map(lambda _: batched, tree))
     for tree in (

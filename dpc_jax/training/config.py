@@ -4,15 +4,14 @@ import hashlib
 import json
 import math
 import pathlib
-import re
 from typing import Any
 
 import jax
 import ml_collections
 
-from dpc_jax.policy import dpc
+from dpc_jax.training import checks, config_precision
+from dpc_jax.training.checks import ConfigError
 
-METHODS = ("float", "dpc", "static<b> (static8, for instance)")
 OPTIMIZERS = ("sgd", "adamw")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine", "steps")
 MATMUL_PRECISIONS = (None, "default", "high", "highest")
@@ -23,10 +22,6 @@ _MAX_SEED = 2**32 - 1
 _MAX_STEPS = 2**31 - 1  # the step is an int32
 
 
-class ConfigError(ValueError):
-  """A user's mistake; the message is one line: field, value, remedy."""
-
-
 def validate(config: ml_collections.ConfigDict) -> None:
   """Checks what can be checked without the data.
 
@@ -34,7 +29,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     ConfigError: naming the first field that is wrong.
   """
   if config.steps is None and config.epochs is None:
-    _fail("steps", None, "set steps or epochs")
+    checks.fail("steps", None, "set steps or epochs")
   for name in (
     "batch_size",
     "eval_batch_size",
@@ -43,11 +38,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     "checkpoint_every",
     "keep_checkpoints",
   ):
-    _check(config, name, config[name] >= 1, "must be at least 1")
-  _check(config, "seed", 0 <= config.seed <= _MAX_SEED, "must be in 0..2^32-1")
+    checks.check(config, name, config[name] >= 1, "must be at least 1")
+  checks.check(
+    config, "seed", 0 <= config.seed <= _MAX_SEED, "must be in 0..2^32-1"
+  )
   for name in ("steps", "epochs"):
     length = config[name]
-    _check(
+    checks.check(
       config,
       name,
       length is None or (math.isfinite(length) and length > 0),
@@ -55,11 +52,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
   _validate_data(config)
   _validate_model(config)
-  _check_choice(config, "matmul_precision", MATMUL_PRECISIONS)
-  _validate_precision(config)
+  checks.check_choice(config, "matmul_precision", MATMUL_PRECISIONS)
+  config_precision.validate(config)
   _validate_optimizer(config)
   for axis in ("fsdp", "tensor"):
-    _check(
+    checks.check(
       config,
       f"mesh.{axis}",
       config.mesh[axis] == 1,
@@ -70,7 +67,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 def _validate_data(config) -> None:
   for name in ("unroll", "image_size", "workers"):
     value = config.data[name]
-    _check(
+    checks.check(
       config,
       f"data.{name}",
       value is None or value >= 1,
@@ -81,7 +78,7 @@ def _validate_data(config) -> None:
 def _validate_model(config) -> None:
   model = config.model
   for name in ("width", "layers", "heads", "mlp_width", "patch_size"):
-    _check(
+    checks.check(
       config,
       f"model.{name}",
       model[name] is None or model[name] >= 1,
@@ -93,14 +90,14 @@ def _validate_model(config) -> None:
     "activation_dropout",
     "tail_dropout",
   ):
-    _check(
+    checks.check(
       config,
       f"model.{name}",
       model[name] is None or 0 <= model[name] < 1,
       "must be in [0, 1)",
     )
   cutoffs = model.cutoffs
-  _check(
+  checks.check(
     config,
     "model.cutoffs",
     cutoffs is None
@@ -112,82 +109,19 @@ def _validate_model(config) -> None:
   )
 
 
-def static_width(method: str) -> int | None:
-  """The width b of the method static<b>, or None for another method."""
-  match = re.fullmatch(r"static(\d+)", method)
-  return int(match[1]) if match else None
-
-
-def _validate_precision(config) -> None:
-  precision = config.precision
-  static = static_width(precision.method)
-  _check(
-    config,
-    "precision.method",
-    precision.method in ("float", "dpc") or static is not None,
-    f"use one of {', '.join(METHODS)}",
-  )
-  if static is not None:
-    _check(
-      config,
-      "precision.method",
-      2 <= static <= 16,
-      "the width must be in 2..16",
-    )
-  for name in ("b_min", "b_max"):
-    _check(
-      config,
-      f"precision.{name}",
-      2 <= precision[name] <= 16,
-      "must be in 2..16",
-    )
-  # For every method: a recipe's mistake must show before another's run.
-  try:
-    dpc.check_arguments(
-      precision.b_min,
-      precision.b_max,
-      precision.delta,
-      precision.center,
-      precision.log_form,
-    )
-  except ValueError as error:
-    raise ConfigError(f"config.precision: {error}") from None
-  for name in ("weights", "activations", "gradients"):
-    width = precision[name]
-    _check(
-      config,
-      f"precision.{name}",
-      width is None or 2 <= width <= 16 or width == 32,
-      "must be in 2..16, or 32 for float",
-    )
-  _check_choice(config, "precision.kind", ("affine", "symmetric"))
-  _check_choice(config, "precision.storage_bits", (None, 8))
-  widest = static if static is not None else precision.b_max
-  for name in ("weights", "activations"):
-    width = widest if precision[name] is None else precision[name]
-    _check(
-      config,
-      "precision.storage_bits",
-      precision.storage_bits is None
-      or precision.method == "float"
-      or width <= precision.storage_bits,
-      f"a width of {width} ({name}) does not fit; leave it out",
-    )
-
-
 def _validate_optimizer(config) -> None:
   optimizer = config.optimizer
-  _check_choice(config, "optimizer.name", OPTIMIZERS)
-  _check_choice(config, "optimizer.schedule", LEARNING_RATE_SCHEDULES)
+  checks.check_choice(config, "optimizer.name", OPTIMIZERS)
+  checks.check_choice(config, "optimizer.schedule", LEARNING_RATE_SCHEDULES)
   for name in ("learning_rate", "weight_decay"):
     value = optimizer[name]
-    _check(
+    checks.check(
       config,
       f"optimizer.{name}",
       math.isfinite(value) and value >= 0,
       "must be finite and not negative",
     )
-  _check(
+  checks.check(
     config,
     "optimizer.clip",
     optimizer.clip is None
@@ -195,20 +129,20 @@ def _validate_optimizer(config) -> None:
     "must be positive, or left out",
   )
   for name in ("momentum", "warmup"):
-    _check(
+    checks.check(
       config,
       f"optimizer.{name}",
       0 <= optimizer[name] < 1,
       "must be in [0, 1)",
     )
-  _check(
+  checks.check(
     config,
     "optimizer.boundaries",
     all(isinstance(b, float) and 0 < b < 1 for b in optimizer.boundaries)
     and list(optimizer.boundaries) == sorted(set(optimizer.boundaries)),
     "must be increasing fractions of the run, in (0, 1)",
   )
-  _check(
+  checks.check(
     config,
     "optimizer.boundaries",
     optimizer.schedule != "steps"
@@ -236,7 +170,7 @@ def resolve(
   """
   config = ml_collections.ConfigDict(config.to_dict())
   if config.batch_size % devices:
-    _fail(
+    checks.fail(
       "batch_size",
       config.batch_size,
       f"must be a multiple of the {devices} devices of mesh.data",
@@ -247,21 +181,31 @@ def resolve(
       config.epochs * train_size / config.batch_size + 1e-6
     )
     if config.steps < 1:
-      _fail(
+      checks.fail(
         "epochs",
         config.epochs,
         f"{train_size} rows in batches of {config.batch_size} give no step",
       )
+  precision = config.precision
+  if (
+    config_precision.finds_bounds(config)
+    and precision.bounds_step >= config.steps
+  ):
+    checks.fail(
+      "precision.bounds_step",
+      precision.bounds_step,
+      f"must come before the end of the run, {config.steps} steps",
+    )
   steps = [round(b * config.steps) for b in config.optimizer.boundaries]
   if config.optimizer.schedule == "steps" and len(set(steps)) < len(steps):
-    _fail(
+    checks.fail(
       "optimizer.boundaries",
       config.optimizer.boundaries,
       f"two of them fall on one of the {config.steps} steps",
     )
   if config.steps > _MAX_STEPS:
     name = "steps" if config.epochs is None else "epochs"
-    _fail(name, config[name], f"must give at most {_MAX_STEPS} steps")
+    checks.fail(name, config[name], f"must give at most {_MAX_STEPS} steps")
   return ml_collections.FrozenConfigDict(config)
 
 
@@ -330,23 +274,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _compared(config) -> dict[str, Any]:
   flat = _flat(json.loads(json.dumps(config.to_dict())))
   return {k: v for k, v in flat.items() if k not in _NOT_COMPARED}
-
-
-def _value(config, name):
-  for part in name.split("."):
-    config = config[part]
-  return config
-
-
-def _fail(name, value, remedy) -> None:
-  raise ConfigError(f"config.{name} = {value!r}: {remedy}")
-
-
-def _check(config, name, is_right, remedy) -> None:
-  if not is_right:
-    _fail(name, _value(config, name), remedy)
-
-
-def _check_choice(config, name, known) -> None:
-  listed = ", ".join("none" if k is None else str(k) for k in known)
-  _check(config, name, _value(config, name) in known, f"use one of {listed}")

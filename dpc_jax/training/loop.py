@@ -11,7 +11,15 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpc_jax.training import bits_log, build, checkpoint, sharding, termination
+from dpc_jax.training import (
+  auto_bounds,
+  bits_log,
+  build,
+  checkpoint,
+  config_precision,
+  sharding,
+  termination,
+)
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import metrics as metrics_lib
 from dpc_jax.training import state as state_lib
@@ -167,6 +175,8 @@ class _Run:
     pending = []
     self.watch.resume()
     while self.step < config.steps:
+      if self._finds_bounds():
+        self._find_bounds()
       rows = next(self.batches)
       self.state, metrics = self.programs.train_step(
         self.state, sharding.put_batch(rows, self.parts.mesh)
@@ -210,6 +220,26 @@ class _Run:
       self.watch.resume()
     return self._finish()
 
+  def _finds_bounds(self) -> bool:
+    config = self.parts.config
+    return (
+      config_precision.finds_bounds(config)
+      and self.step == config.precision.bounds_step
+    )
+
+  def _find_bounds(self) -> None:
+    found = auto_bounds.find(self.parts, self.state)
+    self._advance_bits_log()
+    self.state, bits = auto_bounds.restart(
+      self.parts, self.programs.abstract, self.state, found
+    )
+    if self.bits_log is not None:
+      self.bits_log.replace(
+        self.state.schedule_state, bits, f"bounds {found.b_min}..{found.b_max}"
+      )
+      auto_bounds.write(self.workdir, self.step, found)
+    self.progress.note(auto_bounds.text(self.step, found))
+
   def _check_finite(self, *, state: bool) -> None:
     """Raises if a metric, or with `state` the state, is not finite."""
     self._check_means(self.sums.means(), "")
@@ -251,8 +281,12 @@ class _Run:
     self.progress.show(self.step, values | {"seconds_left": left})
 
   def _advance_bits_log(self) -> None:
-    if self.bits_log is not None:
-      self.bits_log.advance(self.step)
+    if self.bits_log is None:
+      return
+    lines = self.bits_log.advance(self.step, self.state.schedule_state)
+    if self.parts.schedule.moves is not None:
+      for text in summary_lib.moves_text(lines):
+        self.progress.note(text)
 
   def _evaluate(self) -> None:
     texts = []
@@ -330,7 +364,11 @@ class _Run:
       jax.device_get(state_lib.layer_bits(self.state)),
       summary_lib.read_lines(self.workdir),
     )
+    precision = self.parts.config.precision
+    found = auto_bounds.read(self.workdir) or precision
     summary |= {
+      "b_min": found["b_min"],
+      "b_max": found["b_max"],
       "seconds": self.watch.seconds(),
       "compile_seconds": self.compile_seconds,
       "compile_count": self.compile_count,

@@ -27,6 +27,14 @@ def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
   return optax.join_schedules([rise, after], [warmup])
 
 
+def jumps(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+  """The steps at which the learning rate jumps; none of a smooth schedule."""
+  optimizer = config.optimizer
+  if optimizer.schedule != "steps":
+    return ()
+  return tuple(round(b * config.steps) for b in optimizer.boundaries)
+
+
 def make_optimizer(
   config: ml_collections.ConfigDict,
 ) -> optax.GradientTransformation:

@@ -1,5 +1,6 @@
 """The train state: all that a run needs to go on, and nothing else."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from dpc_jax.cost import bitops
-from dpc_jax.policy import capacity, schedules
+from dpc_jax.policy import capacity, schedules, statistics
 from dpc_jax.quant import grids, precision
 
 
@@ -30,6 +31,7 @@ class TrainState:
       nothing random is in the model.
     carry: a recurrent model's state after the last batch, arrays with a leading
       axis of the batch; () for other models.
+    loss: float32 (), the mean over the last batch; NaN before the first.
   """
 
   step: jax.Array
@@ -40,6 +42,36 @@ class TrainState:
   cost: bitops.RunCost
   rng: jax.Array | None
   carry: Any = ()
+  loss: Any = math.nan
+
+
+def schedule_inputs(
+  schedule: schedules.Schedule, opt_state: Any, loss: Any
+) -> dict[str, Any]:
+  """What `schedule.update` needs besides the step; see `Schedule.needs`.
+
+  Raises:
+    ValueError: a need that training does not serve, or statistics that the
+      optimizer does not track.
+  """
+  serve = {
+    "statistics": lambda: statistics.gradient_statistics(opt_state),
+    "loss": lambda: jnp.float32(loss),
+  }
+  for name in schedule.needs:
+    if name not in serve:
+      raise ValueError(
+        f"schedule.needs: {name!r} is not one of {', '.join(serve)}"
+      )
+  return {name: serve[name]() for name in schedule.needs}
+
+
+def update_schedule(
+  schedule: schedules.Schedule, state: TrainState
+) -> tuple[dict[str, grids.LayerBits], Any]:
+  """(the widths of the state's next step, the schedule's state after it)."""
+  inputs = schedule_inputs(schedule, state.opt_state, state.loss)
+  return schedule.update(state.schedule_state, step=state.step, **inputs)
 
 
 def make_init(
@@ -71,8 +103,10 @@ def make_init(
   def init(key: jax.Array) -> TrainState:
     init_key, run_key = jax.random.split(key)
     variables = init_model(init_key)
+    opt_state = optimizer.init(variables["params"])
     schedule_state = schedule.init(capacities)
-    bits, _ = schedule.update(schedule_state, step=jnp.int32(0))
+    inputs = schedule_inputs(schedule, opt_state, math.nan)
+    bits, _ = schedule.update(schedule_state, step=jnp.int32(0), **inputs)
     if bits:
       variables = precision.assign_bits(variables, bits)
     model_state = {k: v for k, v in variables.items() if k != "params"}
@@ -80,11 +114,12 @@ def make_init(
       step=jnp.int32(0),
       params=variables["params"],
       model_state=model_state,
-      opt_state=optimizer.init(variables["params"]),
+      opt_state=opt_state,
       schedule_state=schedule_state,
       cost=bitops.init_run_cost(bits),
       rng=run_key,
       carry=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry),
+      loss=jnp.float32(math.nan),
     )
 
   return init

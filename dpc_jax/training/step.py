@@ -44,9 +44,7 @@ def make_train_step(
   def train_step(state, batch):
     rngs = _rngs(state, may_be_random)
     augment = rngs.pop("augment", None)
-    bits, schedule_state = schedule.update(
-      state.schedule_state, step=state.step, statistics=None
-    )
+    bits, schedule_state = state_lib.update_schedule(schedule, state)
     model_state = state.model_state
     if bits:
       model_state = precision.assign_bits(model_state, bits)
@@ -75,6 +73,7 @@ def make_train_step(
       schedule_state=schedule_state,
       cost=bitops.accumulate(state.cost, bits),
       carry=carry,
+      loss=metrics.loss / metrics.count,
     )
     return new_state, metrics
 
@@ -82,18 +81,26 @@ def make_train_step(
 
 
 def make_eval_step(
-  model: nn.Module, task: tasks.Task
+  model: nn.Module,
+  task: tasks.Task,
+  schedule: schedules.Schedule | None = None,
 ) -> Callable[..., tuple[tasks.Metrics, Any]]:
   """Returns `eval_step(state, batch, carry) -> (metrics, carry)`.
 
   Exact by the batch's mask. `carry` is the recurrent state of the evaluation,
-  apart from that of training; () for a model without any, the default.
+  apart from that of training; () for a model without any, the default. The
+  widths are those of the last step, or what `schedule.evaluation` says.
   """
 
   def eval_step(state, batch, carry=()):
+    model_state = state.model_state
+    if schedule is not None and schedule.evaluation is not None:
+      model_state = precision.assign_bits(
+        model_state, schedule.evaluation(state.schedule_state)
+      )
     args, kwargs = task.inputs(batch, carry, None)
     output = model.apply(
-      {"params": state.params, **state.model_state},
+      {"params": state.params, **model_state},
       *args,
       **kwargs,
       train=False,

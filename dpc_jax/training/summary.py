@@ -48,7 +48,7 @@ def summarize(
     `metric` is "accuracy" or "perplexity"; `test_METRIC` is the last one,
     `best_test_METRIC` the best of all evaluations; with a validation split,
     `validation_METRIC` is the last one and `test_METRIC_at_best_validation` the
-    honest choice of a checkpoint.
+    honest choice of a checkpoint. `test_examples` counts images or tokens.
     `gbitops` is the run's cost / 1e9; the savings are fractions of the cost of
     static B_max and of float32.
   """
@@ -65,30 +65,47 @@ def summarize(
     "steps": config.steps,
     "metric": metric,
     f"test_{metric}": test[-1][metric],
+    "test_examples": len(parts.data.splits["test"]),
     f"best_test_{metric}": best(line[metric] for line in test),
   }
+  return (
+    summary
+    | _at_best_validation(metric, lines)
+    | {
+      "gbitops": run.total / 1e9,
+      "saving_vs_static": run.saving_vs_static,
+      "saving_vs_float": run.saving_vs_float,
+      "mean_bits": run.mean_bits,
+      "bits": {
+        path: [np.asarray(width).tolist() for width in layer]
+        for path, layer in bits.items()
+      },
+      "layers": {
+        path: {"weights": c.weights, "macs": c.macs, "layers": c.layers}
+        for path, c in parts.costs.items()
+      },
+      "float_layers": list(run.float_layers),
+      "config_hash": config_lib.config_hash(config),
+    }
+  )
+
+
+def _at_best_validation(metric, lines) -> dict[str, float]:
+  """What the validation split says; {} without one."""
   validation = [line for line in lines if line["split"] == "validation"]
-  if validation:
-    chosen = best(validation, key=lambda line: line[metric])
-    at_best = next(line for line in test if line["step"] == chosen["step"])
-    summary[f"validation_{metric}"] = validation[-1][metric]
-    summary[f"best_validation_{metric}"] = chosen[metric]
-    summary[f"test_{metric}_at_best_validation"] = at_best[metric]
-  return summary | {
-    "gbitops": run.total / 1e9,
-    "saving_vs_static": run.saving_vs_static,
-    "saving_vs_float": run.saving_vs_float,
-    "mean_bits": run.mean_bits,
-    "bits": {
-      path: [np.asarray(width).tolist() for width in layer]
-      for path, layer in bits.items()
-    },
-    "layers": {
-      path: {"weights": c.weights, "macs": c.macs, "layers": c.layers}
-      for path, c in parts.costs.items()
-    },
-    "float_layers": list(run.float_layers),
-    "config_hash": config_lib.config_hash(config),
+  if not validation:
+    return {}
+  best = max if metric == "accuracy" else min
+  chosen = best(validation, key=lambda line: line[metric])
+  at_best = next(
+    line
+    for line in lines
+    if line["split"] == "test" and line["step"] == chosen["step"]
+  )
+  return {
+    f"validation_{metric}": validation[-1][metric],
+    f"best_validation_{metric}": chosen[metric],
+    f"test_{metric}_at_best_validation": at_best[metric],
   }
 
 
@@ -137,6 +154,23 @@ def layer_table(parts: build.Parts, bits: dict[str, Any]) -> str:
     f"{r[0]:<{sizes[0]}}  {r[1]:>{sizes[1]}}  {r[2]:>{sizes[2]}}  {r[3]}"
     for r in rows
   )
+
+
+def moves_text(lines: list[dict[str, Any]]) -> list[str]:
+  """Moves of `bits.jsonl` in words, a line for each step that has any."""
+  texts = {}
+  for line in lines:
+    old, new = (line[name][0] for name in ("old", "new"))
+    signal = ""
+    if isinstance(line.get("signal"), float):
+      signal = f" {line['signal']:+.2f}"
+    texts.setdefault(line["step"], []).append(
+      f"{line['path']} {old}->{new} ({line['reason']}{signal})"
+    )
+  return [
+    f"bits from step {step}: {', '.join(moves)}"
+    for step, moves in texts.items()
+  ]
 
 
 def read_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:

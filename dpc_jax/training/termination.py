@@ -15,7 +15,8 @@ def watch() -> Iterator[Callable[[int], bool]]:
 
   With several processes all of them must ask after every step: they agree,
   through JAX's preemption service, on one step to stop at. In a thread, where
-  no signal comes, the answer is no.
+  no signal comes, the answer is no. A watch around this one hears the signal,
+  too.
   """
   if jax.process_count() > 1:
     # JAX's own handler took SIGTERM when the processes found each other.
@@ -26,9 +27,14 @@ def watch() -> Iterator[Callable[[int], bool]]:
     return
   # Appending takes no lock, which a handler must not wait for.
   signals = []
-  before = signal.signal(
-    signal.SIGTERM, lambda number, frame: signals.append(number)
-  )
+  before = signal.getsignal(signal.SIGTERM)
+
+  def hear(number, frame):
+    signals.append(number)
+    if callable(before):
+      before(number, frame)
+
+  signal.signal(signal.SIGTERM, hear)
   try:
     yield lambda step: bool(signals)
   finally:

@@ -82,3 +82,128 @@ def test_a_float_run_leaves_no_marker(tmp_path):
   runs = {"float": {}, "dpc": dict.fromkeys(CAPACITIES, (5, 5, 8))}
   plots.bits_per_layer(runs, CAPACITIES, tmp_path / "bits.png")
   assert len(pixels(tmp_path / "bits.png", plots.COLORS[0])) == 0
+
+
+def test_similarity_is_drawn_on_an_axis_that_keeps_its_nines_apart(tmp_path):
+  path = tmp_path / "bounds.png"
+  # 1 - similarity of the mean is 0.1, 0.01, 0.001: a straight line.
+  layers = {
+    "good": {2: 0.92, 3: 0.992, 4: 0.9992},
+    "bad": {2: 0.88, 3: 0.988, 4: 0.9988},
+  }
+  plots.similarity_per_width(layers, (0.95, 0.995), (3, 4), path)
+  # The legend stands above the axes, apart from what is drawn in them.
+  with Image.open(path) as image:
+    top = image.height // 12
+  mean = pixels(path, plots.COLORS[0])
+  mean = mean[mean[:, 0] > top]
+  left, right = mean[np.argmin(mean[:, 1])], mean[np.argmax(mean[:, 1])]
+  # Similarity grows upwards.
+  assert left[0] - right[0] > 200
+  middle = mean[np.abs(mean[:, 1] - (left[1] + right[1]) / 2) < 2]
+  assert np.mean(middle[:, 0]) == pytest.approx((left[0] + right[0]) / 2, abs=4)
+  # The worst below the mean; the bounds' lines at widths 3 and 4.
+  worst = pixels(path, plots.COLORS[1])
+  worst = worst[worst[:, 0] > top]
+  assert np.mean(worst[:, 0]) > np.mean(mean[:, 0]) + 5
+  lines = pixels(path, plots.COLORS[2])
+  columns = np.bincount(lines[:, 1])
+  for x in ((left[1] + right[1]) / 2, right[1]):
+    assert columns[round(x) - 8 : round(x) + 9].sum() > 150
+  assert columns[: round((left[1] + right[1]) / 2) - 8].sum() == 0
+
+
+@pytest.mark.parametrize(
+  ("layers", "bounds"),
+  [
+    ({"one": {8: 1.0}}, (8, 8)),
+    ({"exact": {2: 1.0, 3: 1.0}, "not": {2: 0.5, 3: 0.999}}, (3, None)),
+    ({f"layer{i}": {2: 0.9, 8: 1 - 1e-9} for i in range(110)}, (None, None)),
+  ],
+)
+def test_similarities_of_any_size_are_drawn(tmp_path, layers, bounds):
+  path = tmp_path / "bounds.png"
+  plots.similarity_per_width(layers, (0.95, 1), bounds, path)
+  assert len(pixels(path, plots.COLORS[0])) > 50
+  has_bounds = any(bound is not None for bound in bounds)
+  assert (len(pixels(path, plots.COLORS[2])) > 0) == has_bounds
+
+
+def centers(path, color):
+  """Mean position (x, y) of the pixels of a color."""
+  return pixels(path, color)[:, ::-1].mean(0)
+
+
+def test_pareto_places_cost_and_metric(tmp_path):
+  path = tmp_path / "pareto.png"
+  points = {
+    "static8": (1.0, 0.92, None, None),
+    "static6": (0.6, 0.90, None, None),
+    "dpc": (0.7, 0.94, None, None),
+  }
+  plots.pareto(points, ["static6", "dpc"], path, metric="accuracy")
+  static8, static6, dpc = (centers(path, c) for c in plots.COLORS[:3])
+  assert (dpc - static6)[0] / (static8 - static6)[0] == pytest.approx(
+    0.25, abs=0.02
+  )
+  # Pixels count downwards.
+  assert (dpc - static6)[1] / (static8 - static6)[1] == pytest.approx(
+    2, rel=0.05
+  )
+  assert dpc[1] < static6[1]
+  # On the frontier: filled; off it: a ring around white.
+  filled, hollow = (len(pixels(path, plots.COLORS[i])) for i in (1, 0))
+  assert filled > 1.5 * hollow
+
+
+def test_pareto_bars_are_the_intervals(tmp_path):
+  path = tmp_path / "pareto.png"
+  points = {
+    "static8": (1.0, 0.92, 0.90, 0.94),
+    "dpc": (0.7, 0.93, 0.92, 0.94),
+    "one seed": (0.8, 0.90, None, None),
+  }
+  plots.pareto(points, ["dpc"], path, metric="accuracy")
+  heights = [np.ptp(pixels(path, color)[:, 0]) for color in plots.COLORS[:3]]
+  assert heights[0] / heights[1] == pytest.approx(2, rel=0.03)
+  assert heights[2] < 40  # the marker alone
+
+
+def test_pareto_moves_equal_costs_apart_and_keeps_their_order():
+  places = plots._apart([0.7, 1.0, 0.699, 0.701])
+  assert np.all(np.diff([places[i] for i in (2, 0, 3)]) > 0.008)
+  assert places[0] == pytest.approx(0.7)
+  assert places[1] == 1
+  assert plots._apart([0.7]) == [0.7]
+
+
+def test_pareto_draws_a_far_method_as_a_line(tmp_path):
+  path = tmp_path / "pareto.png"
+  points = {
+    "float": (16.0, 0.93, 0.92, 0.94),
+    "static8": (1.0, 0.92, 0.91, 0.93),
+    "dpc": (0.7, 0.91, 0.90, 0.92),
+  }
+  plots.pareto(points, ["float"], path, metric="accuracy")
+  static8, dpc = (centers(path, c) for c in plots.COLORS[:2])
+  # The axis belongs to the two others.
+  with Image.open(path) as image:
+    assert (static8 - dpc)[0] > image.width / 3
+  line = pixels(path, "#777777")
+  row = np.bincount(line[:, 0]).argmax()
+  assert np.ptp(line[line[:, 0] == row][:, 1]) > 2 * (static8 - dpc)[0] / 2
+
+
+@pytest.mark.parametrize("cost", [1.0, 16.0])
+def test_pareto_of_a_single_method(tmp_path, cost):
+  path = tmp_path / "pareto.png"
+  plots.pareto({"a": (cost, 0.9, None, None)}, ["a"], path, metric="accuracy")
+  assert len(pixels(path, plots.COLORS[0])) > 100
+
+
+def test_many_methods_share_no_color_and_marker(tmp_path):
+  capacities = {"a": 9, "b": 4}
+  runs = {f"m{i}": dict.fromkeys(capacities, (5, 5, 8)) for i in range(9)}
+  plots.bits_per_layer(runs, capacities, tmp_path / "bits.png")
+  looks = {tuple(plots._look(i).values()) for i in range(36)}
+  assert len(looks) == 36

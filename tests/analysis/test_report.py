@@ -1,20 +1,22 @@
-"""Tables and reports say what the summaries hold."""
+"""Tables and reports say what the runs hold, and no more."""
 
 import pytest
 
-from dpc_jax.analysis import report
+from dpc_jax.analysis import comparison, report
 
 
-def summary(**changes):
+def summary(accuracy=0.98611, **changes):
   return {
     "model": "resnet8",
     "dataset": "digits",
     "seed": 3,
     "steps": 449,
     "metric": "accuracy",
-    "test_accuracy": 0.98611,
+    "test_accuracy": accuracy,
+    "best_test_accuracy": accuracy + 0.001,
     "gbitops": 2373.36,
     "saving_vs_static": 0.4436,
+    "saving_vs_float": 0.9,
     "mean_bits": 5.556,
     "seconds": 4.6,
     "device": "1 x cpu",
@@ -27,26 +29,91 @@ def summary(**changes):
   } | changes
 
 
-def test_rows_hold_the_figures():
-  (row,) = report.rows({"dpc": summary()})
-  assert row == ("dpc", "0.9861", "2,373", "44.4%", "5.56", "5")
+def one(**methods):
+  return {method: {3: run} for method, run in methods.items()}
 
 
-def test_perplexities_have_two_digits_and_their_name():
-  run = summary(metric="perplexity", test_perplexity=123.456)
-  assert report.rows({"dpc": run})[0][1] == "123.46"
-  text = report.comparison({"dpc": run}, command="x", b_max=8)
-  assert "| method | test perplexity |" in text
+def grid(**methods):
+  return {
+    method: {seed: summary(x, seed=seed) for seed, x in enumerate(values)}
+    for method, values in methods.items()
+  }
+
+
+BETTER = grid(static8=[0.80, 0.90, 0.85], dpc=[0.8111, 0.9102, 0.8606])
+
+
+def short(runs, b_max=8):
+  return report.short(comparison.compare(runs, b_max=b_max))
+
+
+def text(runs, b_max=8, **arguments):
+  result = comparison.compare(runs, b_max=b_max)
+  return report.comparison(result, runs, command="make it", **arguments)
+
+
+def line(table, start):
+  (found,) = (x for x in table.splitlines() if x.startswith(start))
+  return found
+
+
+def words(text):
+  return " ".join(text.split())
+
+
+def test_one_seed_is_a_short_table_without_verdicts():
+  out = short(one(static8=summary(), dpc=summary(0.5)))
+  assert words(out.splitlines()[0]) == (
+    "method test accuracy GBitOPs saving mean bits seconds"
+  )
+  assert words(line(out, "dpc")) == "dpc 0.5000 2,373 44.4% 5.56 5"
+  assert out.endswith("\n\nsaving: against static 8/8 with 8-bit gradients")
+  assert len(out.splitlines()) == 6
 
 
 def test_a_run_that_costs_more_saves_nothing():
-  (row,) = report.rows({"float": summary(saving_vs_static=-14.0)})
-  assert row[3] == "none (15.0x)"
+  out = short(one(float=summary(saving_vs_static=-14.0)))
+  assert "none (15.0x)" in out
+
+
+def test_several_seeds_have_verdicts():
+  out = short(BETTER)
+  methods, differences, _ = out.split("\n\n")
+  assert words(line(methods, "dpc")).startswith("dpc 3 0.8606 ± 0.0496 0.8616")
+  assert words(line(differences, "dpc")) == (
+    "dpc 3 +0.0106 [+0.0095, +0.0118] better"
+  )
+
+
+def test_controls_say_whether_they_cost_the_same():
+  runs = BETTER | grid(uniform=[0.8, 0.9, 0.85])
+  out = short(runs)
+  control = out[out.index("against uniform") :]
+  assert line(control, "dpc").split()[:3] == ["dpc", "3", "yes"]
+  for run in runs["uniform"].values():
+    run["gbitops"] *= 1.02
+  control = short(runs)[out.index("against uniform") :]
+  assert line(control, "dpc").split()[:3] == ["dpc", "3", "no"]
+  assert "| 1.020x, **not of equal cost** | better |" in text(runs)
+
+
+def test_perplexities_have_two_digits_and_fall():
+  runs = grid(static8=[100.0, 101.0, 99.5], dpc=[90.111, 91.0, 89.6])
+  for by_seed in runs.values():
+    for run in by_seed.values():
+      run["metric"] = "perplexity"
+      run["test_perplexity"] = run["best_test_perplexity"] = run[
+        "test_accuracy"
+      ]
+  assert "-9.93 [-10.08, -9.78] better" in words(short(runs))
+  out = text(runs)
+  assert "Lower is better" in out and "| test perplexity, final |" in out
+  assert "90.24 ± 0.71" in out
 
 
 def test_text_table_is_aligned():
-  text = report.text_table([("a", "1"), ("long", "1,000")], ("name", "n"))
-  assert text.splitlines() == [
+  out = report.text_table([("a", "1"), ("long", "1,000")], ("name", "n"))
+  assert out.splitlines() == [
     "name      n",
     "-----------",
     "a         1",
@@ -55,8 +122,8 @@ def test_text_table_is_aligned():
 
 
 def test_markdown_table():
-  text = report.markdown_table([("a", "1")], ("name", "n"))
-  assert text.splitlines() == ["| name | n |", "|---|---:|", "| a | 1 |"]
+  out = report.markdown_table([("a", "1")], ("name", "n"))
+  assert out.splitlines() == ["| name | n |", "|---|---:|", "| a | 1 |"]
 
 
 @pytest.mark.parametrize(
@@ -64,24 +131,87 @@ def test_markdown_table():
   [
     "# resnet8 on digits",
     "`make it`",
-    "449 steps per run on 1 x cpu; jax 0.10.2",
-    "| dpc | 0.9861 |",
-    "static 8/8",
+    "449 steps per run; seed 3; on 1 x cpu; jax 0.10.2.",
+    "| dpc | 1 | 0.9861 | 0.9871 | 2,373 | 0.5564 | 0.1000 | 5.56 | 5 |",
+    "optimistic",
+    "cost / static 8/8",
+    "![Cost and test metric of the methods](pareto.png)",
+    "![Bits and weights per layer](bits.png)",
     "| `stem` | 144 | 9,216 | 8/8/8 |",
     "| `classifier` | 640 | 640 | float |",
-    "seed 3",
+    "One seed has no interval",
+    "nothing is compared with it: static8, uniform.",
+    "One run per method (seed 3): how much",
   ],
 )
-def test_comparison_report(part):
-  text = report.comparison({"dpc": summary()}, command="make it", b_max=8)
-  assert part in text
+def test_report_of_one_run(part):
+  assert part in text(one(dpc=summary()))
 
 
-def test_every_run_has_its_own_column_of_bits():
-  text = report.comparison(
-    {"static8": summary(), "dpc": summary(bits={"stem": [3, 4, 5]})},
-    command="x",
-    b_max=8,
-  )
-  assert "| layer | N_k | MACs | bits, static8 | bits, dpc |" in text
-  assert "| `stem` | 144 | 9,216 | 8/8/8 | 3/4/5 |" in text
+@pytest.mark.parametrize(
+  "part",
+  [
+    "449 steps per run; seeds 0, 1, 2; on",
+    "| dpc | 3 | 0.8606 ± 0.0496 | 0.8616 ± 0.0496 |",
+    "Mean ± sample standard deviation over seeds.",
+    "### Final, against static8\n",
+    "### Best, against static8\n",
+    "| dpc | 3 | +0.0106 [+0.0095, +0.0118] | <0.001 | <0.001 | 0.0015 |",
+    "Higher is better",
+    "nothing is compared with it: uniform.",
+    "(seed 0)",
+    "3 seeds: the intervals",
+  ],
+)
+def test_report_of_three_seeds(part):
+  assert part in text(BETTER)
+
+
+def test_the_family_is_stated():
+  runs = BETTER | grid(static6=[0.8, 0.9, 0.84])
+  assert "### Final, against static8, 2 comparisons\n" in text(runs)
+
+
+def test_one_seed_has_differences_but_no_interval():
+  out = text(one(static8=summary(0.9), dpc=summary(0.95)))
+  assert "| dpc | 1 | +0.0500 | - | - | - | one seed: no interval |" in out
+
+
+def test_best_at_validation_is_not_called_optimistic():
+  run = summary(validation_accuracy=0.9, test_accuracy_at_best_validation=0.97)
+  out = text(one(dpc=run))
+  assert "| 0.9861 | 0.9700 |" in out
+  assert "best is the test value at the best validation" in out
+  assert "optimistic" not in out
+
+
+def test_failed_runs_are_listed():
+  failure = comparison.Failure("cpt", 4, "the loss | is nan")
+  out = text(one(dpc=summary()), failures=[failure])
+  assert "| cpt | 4 | the loss \\| is nan |" in out
+  assert "seeds 3, 4;" in out
+  assert "## Failed runs" not in text(one(dpc=summary()))
+
+
+def test_size_of_the_test_set():
+  out = text(one(dpc=summary(0.9, test_examples=10_000)))
+  assert "10,000 examples: an accuracy of 0.9000" in out
+  assert "standard error of 0.0030" in out
+  assert "binomial" not in text(one(dpc=summary(0.9)))
+
+
+def test_every_method_has_its_own_column_of_bits():
+  runs = one(static8=summary(), dpc=summary(bits={"stem": [3, 4, 5]}))
+  out = text(runs)
+  assert "| layer | N_k | MACs | bits, static8 | bits, dpc |" in out
+  assert "| `stem` | 144 | 9,216 | 8/8/8 | 3/4/5 |" in out
+
+
+def test_float_alone_has_no_picture_of_bits():
+  assert "bits.png" not in text(one(float=summary(bits={})))
+
+
+def test_different_machines_are_all_named():
+  runs = grid(dpc=[0.8, 0.9])
+  runs["dpc"][1]["device"] = "8 x TPU v4"
+  assert "on 1 x cpu and 8 x TPU v4;" in text(runs)

@@ -37,8 +37,8 @@ def test_every_change_is_logged_once(tmp_path, stops):
     tmp_path / "bits.jsonl", schedule, schedule.init(CAPACITIES), {}, 0
   )
   for step in stops:
-    log.advance(step)
-  log.advance(200)
+    log.advance(step, None)
+  log.advance(200, None)
   assert tiny.read_lines(tmp_path / "bits.jsonl") == expected(200)
 
 
@@ -53,7 +53,7 @@ def test_goes_on_from_a_state(tmp_path, start):
   log = make_log(
     tmp_path / "bits.jsonl", schedule, state, jax.device_get(bits), start
   )
-  log.advance(12)
+  log.advance(12, None)
   assert tiny.read_lines(tmp_path / "bits.jsonl") == expected(12, start)
 
 
@@ -61,7 +61,7 @@ def test_constant_widths_are_logged_at_step_0_alone(tmp_path):
   schedule = schedules.constant({"a": 4, "b": grids.LayerBits(3, 32, 8)})
   state = schedule.init({"a": 10, "b": np.array([5, 5])})
   log = make_log(tmp_path / "bits.jsonl", schedule, state, {}, 0)
-  log.advance(300)
+  log.advance(300, None)
   lines = tiny.read_lines(tmp_path / "bits.jsonl", "reason")
   assert lines == [
     {"step": 0, "path": "a", "old": None, "new": [4, 4, 8]},
@@ -77,5 +77,5 @@ def test_constant_widths_are_logged_at_step_0_alone(tmp_path):
 def test_a_float_run_has_no_changes(tmp_path):
   schedule = schedules.constant({})
   log = make_log(tmp_path / "bits.jsonl", schedule, schedule.init({}), {}, 0)
-  log.advance(10)
+  log.advance(10, None)
   assert not (tmp_path / "bits.jsonl").exists()

@@ -60,7 +60,7 @@ MISTAKES = [
   ({"model.width": 0}, "config.model.width = 0: must be at least 1"),
   (
     {"precision.method": "dcp"},
-    "config.precision.method = 'dcp': use one of float, dpc, static<b>",
+    "config.precision.method = 'dcp': use one of float, static<b>, dpc",
   ),
   (
     {"precision.method": "static1"},

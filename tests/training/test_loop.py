@@ -27,7 +27,7 @@ from tests.training import tiny
 
 
 def test_workdir_of_a_run_with_changing_bits(tmp_path, monkeypatch):
-  monkeypatch.setattr(build, "make_schedule", lambda config: tiny.cyclic())
+  monkeypatch.setattr(build, "make_schedule", lambda config, run: tiny.cyclic())
   config = tiny.make_config(steps=10)
   result = loop.train_and_evaluate(config, tmp_path)
   parts = build.build(config)

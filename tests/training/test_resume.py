@@ -21,7 +21,7 @@ class KilledError(Exception):
 
 @pytest.fixture(autouse=True)
 def cyclic(monkeypatch):
-  monkeypatch.setattr(build, "make_schedule", lambda config: tiny.cyclic())
+  monkeypatch.setattr(build, "make_schedule", lambda config, run: tiny.cyclic())
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def config():
 def undisturbed(tmp_path_factory, config):
   patch = pytest.MonkeyPatch()
   with patch.context() as m:
-    m.setattr(build, "make_schedule", lambda config: tiny.cyclic())
+    m.setattr(build, "make_schedule", lambda config, run: tiny.cyclic())
     m.setattr(build.models, "create", create)
     m.setattr(loop.metrics_lib, "_event_writer", lambda workdir: None)
     workdir = tmp_path_factory.mktemp("undisturbed")

@@ -1,0 +1,142 @@
+"""The checks of `config.precision`."""
+
+import ml_collections
+
+from dpc_jax.policy import dpc
+from dpc_jax.training import checks, methods
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Checks `config.precision` as far as it goes without the data.
+
+  Raises:
+    ConfigError: naming the first field that is wrong.
+  """
+  precision = config.precision
+  static = methods.static_width(precision.method)
+  checks.check(
+    config,
+    "precision.method",
+    methods.is_known(precision.method),
+    f"use one of {', '.join(methods.names())}, with <b> as in static8",
+  )
+  if static is not None:
+    checks.check(
+      config,
+      "precision.method",
+      2 <= static <= 16,
+      "the width must be in 2..16",
+    )
+  for name in ("b_min", "b_max"):
+    checks.check(
+      config,
+      f"precision.{name}",
+      2 <= precision[name] <= 16,
+      "must be in 2..16",
+    )
+  # For every method: a recipe's mistake must show before another's run.
+  try:
+    dpc.check_arguments(
+      precision.b_min,
+      precision.b_max,
+      precision.delta,
+      precision.center,
+      precision.log_form,
+    )
+  except ValueError as error:
+    raise checks.ConfigError(f"config.precision: {error}") from None
+  _validate_widths(config, static)
+  _validate_bounds(config)
+  _validate_adaptive(config)
+  try:
+    methods.make_schedule(precision, methods.Run(1, 1, {}, ()))
+  except ValueError as error:
+    raise checks.ConfigError(f"config.precision: {error}") from None
+
+
+def _validate_widths(config, static) -> None:
+  precision = config.precision
+  for name in ("weights", "activations", "gradients"):
+    width = precision[name]
+    checks.check(
+      config,
+      f"precision.{name}",
+      width is None or 2 <= width <= 16 or width == 32,
+      "must be in 2..16, or 32 for float",
+    )
+  checks.check_choice(config, "precision.kind", ("affine", "symmetric"))
+  checks.check_choice(config, "precision.storage_bits", (None, 8))
+  widest = static if static is not None else precision.b_max
+  for name in ("weights", "activations"):
+    width = widest if precision[name] is None else precision[name]
+    checks.check(
+      config,
+      "precision.storage_bits",
+      precision.storage_bits is None
+      or precision.method == "float"
+      or width <= precision.storage_bits,
+      f"a width of {width} ({name}) does not fit; leave it out",
+    )
+
+
+def finds_bounds(config: ml_collections.ConfigDict) -> bool:
+  """Whether the run measures its bounds on the way."""
+  precision = config.precision
+  return precision.bounds is not None and methods.has_bounds(precision.method)
+
+
+def check_length(config: ml_collections.ConfigDict) -> None:
+  """Checks what is to happen within `config.steps`, once it is known.
+
+  Raises:
+    ConfigError: the bounds would be measured after the end.
+  """
+  step = config.precision.bounds_step
+  if finds_bounds(config) and step >= config.steps:
+    checks.fail(
+      "precision.bounds_step",
+      step,
+      f"must come before the end of the run, {config.steps} steps",
+    )
+
+
+def _validate_bounds(config) -> None:
+  precision = config.precision
+  checks.check_choice(config, "precision.bounds", (None, "auto"))
+  checks.check(
+    config,
+    "precision.bounds_step",
+    precision.bounds_step >= 0,
+    "must not be negative",
+  )
+  for name in ("tau_min", "tau_max"):
+    checks.check(
+      config,
+      f"precision.{name}",
+      0 < precision[name] <= 1,
+      "must be in (0, 1]",
+    )
+  checks.check(
+    config,
+    "precision.tau_min",
+    precision.tau_min <= precision.tau_max,
+    f"must not be above tau_max, {precision.tau_max}",
+  )
+
+
+def _validate_adaptive(config) -> None:
+  adaptive = config.precision.adaptive
+  checks.check(
+    config,
+    "precision.adaptive.memory",
+    adaptive.memory in ("full", "sketch"),
+    "use full or sketch; without the mean there is no noise-to-signal ratio",
+  )
+  for name in ("decay", "average"):
+    value = adaptive[name]
+    checks.check(
+      config,
+      f"precision.adaptive.{name}",
+      value is None or 0 < value < 1,
+      "must be in (0, 1)",
+    )
