@@ -182,11 +182,13 @@ def _adaptive() -> ml_collections.ConfigDict:
   adaptive.warmup = 2  # epochs before the reference is taken
   adaptive.patience = 2  # epochs in a row before a layer moves
   adaptive.threshold = 0.25  # half of the dead band, nats
-  # Fraction of the run after which nothing moves; none: never.
-  adaptive.freeze = config_dict.placeholder(float)
+  # Fraction of the run after which nothing moves; 1: never.
+  adaptive.freeze = 0.75
   adaptive.rebase = True  # a move sets the layer's reference anew
   adaptive.signal = "noise_to_signal"  # variance
-  # Largest cost of a step relative to b_max everywhere; none: no limit.
+  # No step costs more than one of dpc: the least noisy layers give way.
+  adaptive.keep_cost = True
+  # Or another limit, relative to b_max everywhere, which overrules keep_cost.
   adaptive.budget = config_dict.placeholder(float)
   adaptive.memory = "full"  # of the mean gradient: full, sketch
   # Of the mean gradient's moving average. A long one finds no signal: see

@@ -52,7 +52,7 @@ def adaptive(
   rebase: bool = True,
   signal: str = "noise_to_signal",
   direction: str = "noisy_up",
-  budget: float | None = None,
+  budget: float | str | None = None,
   macs: Mapping[str, int] | None = None,
   skip_steps: Sequence[int] = (),
   **dpc: Any,
@@ -92,6 +92,7 @@ def adaptive(
     functools.partial(_update, signal=signal),
     needs=("statistics",),
     moves=state_lib.moves,
+    signals=state_lib.signals,
   )
 
 
@@ -163,8 +164,8 @@ def _begin(rule, run, capacities) -> state_lib.AdaptiveState:
       reasons=jnp.zeros((rows, first.size), jnp.int32),
     ),
   )
-  _check_budget(state)
-  return state
+  budget = jnp.float32(_budget(rule, state))
+  return state._replace(settings=state.settings._replace(budget=budget))
 
 
 def _settings(rule, run, capacities) -> state_lib.Settings:
@@ -187,7 +188,7 @@ def _settings(rule, run, capacities) -> state_lib.Settings:
     last_step=jnp.int32(round(freeze * run.steps, 6)),
     rebase=jnp.bool_(rule.rebase),
     sign=jnp.int32(1 if rule.direction == "noisy_up" else -1),
-    budget=jnp.float32(np.inf if rule.budget is None else rule.budget),
+    budget=jnp.float32(np.inf),  # set once the costs are known
     share=jnp.asarray(macs / macs.sum(), jnp.float32),
     # With a 0, which is no epoch: orbax refuses arrays of size 0.
     skipped=jnp.asarray(
@@ -201,18 +202,20 @@ def _settings(rule, run, capacities) -> state_lib.Settings:
   )
 
 
-def _check_budget(state: state_lib.AdaptiveState) -> None:
-  budget = float(state.settings.budget)
-  for what, bits in (
-    ("static DPC, where it starts,", state.first),
-    ("b_min everywhere", jnp.full_like(state.first, state.settings.low)),
-  ):
-    cost = float(state_lib.relative_cost(state, bits))
-    if cost > budget:
-      raise ValueError(
-        f"budget = {budget:.4g} is below {cost:.4g}, the cost of {what}"
-        " relative to b_max; raise it, or lower the bounds"
-      )
+def _budget(rule, state) -> float:
+  """The limit of the relative cost; inf without one."""
+  if rule.budget is None:
+    return np.inf
+  cost = float(state_lib.relative_cost(state, state.first))
+  limit = cost if rule.budget == "start" else rule.budget
+  # The cost is summed in float32, in an order that is the compiler's.
+  limit *= 1 + 1e-5
+  if cost > limit:
+    raise ValueError(
+      f"budget = {rule.budget!r} is below {cost:.4g}, the relative cost of"
+      " static DPC, where it starts; raise it, or lower the bounds"
+    )
+  return limit
 
 
 def _update(

@@ -21,8 +21,9 @@ class Rule(NamedTuple):
       changes with the scale of a layer's weights.
     direction: "noisy_up", or "noisy_down", the reverse: a control.
     budget: largest cost of a step relative to b_max everywhere, in (0, 1], of
-      all products of the quantized layers; None: no limit. Where moves would
-      exceed it, the least noisy layers (smallest z) give way by a bit each.
+      all products of the quantized layers with weights; "start": that of static
+      DPC, where the run starts; None: no limit. Where moves would exceed it,
+      the least noisy layers (smallest z) give way by a bit each.
   """
 
   warmup: int
@@ -32,7 +33,7 @@ class Rule(NamedTuple):
   rebase: bool
   signal: str
   direction: str
-  budget: float | None
+  budget: float | str | None
 
 
 def check(rule: Rule) -> None:
@@ -53,10 +54,13 @@ def check(rule: Rule) -> None:
       raise ValueError(f"{name} = {value!r}: use one of {', '.join(known)}")
   if not isinstance(rule.rebase, bool | np.bool_):
     raise ValueError(f"rebase = {rule.rebase!r} must be True or False")
-  for name in ("freeze", "budget"):
+  for name, word in (("freeze", None), ("budget", "start")):
     value = getattr(rule, name)
-    if value is not None and not 0 < value <= 1:
-      raise ValueError(f"{name} = {value!r} must be in (0, 1], or None")
+    if value not in (None, word) and not (
+      isinstance(value, int | float) and 0 < value <= 1
+    ):
+      words = "None" if word is None else f"{word!r}, or None"
+      raise ValueError(f"{name} = {value!r} must be in (0, 1], or {words}")
 
 
 def check_count(name: str, value: int) -> None:

@@ -148,6 +148,26 @@ def moves(state: AdaptiveState) -> list[schedule.Move]:
   return found
 
 
+def signals(state: AdaptiveState) -> list[tuple[int, dict[str, Any]]]:
+  """z of all layers at each epoch's end that was looked at; on the host."""
+  table = np.asarray(state.record.signals, np.float64)
+  period = int(state.settings.period)
+  found = []
+  for row in np.flatnonzero(~np.all(np.isnan(table), axis=1)):
+    values = _known(table[row])
+    layers, end = {}, 0
+    for path, start in sorted(state.start.items()):
+      begin, end = end, end + start.weights.size
+      part = values[begin:end]
+      layers[path] = part if start.weights.shape else part[0]
+    found.append(((int(row) + 1) * period, layers))
+  return found
+
+
+def _known(signals: np.ndarray) -> list[float | None]:
+  return [None if np.isnan(z) else float(z) for z in signals]
+
+
 def _moves_of(old, new, step, reasons, signals) -> list[schedule.Move]:
   """The moves of one epoch's end."""
   before, after = (
@@ -161,15 +181,16 @@ def _moves_of(old, new, step, reasons, signals) -> list[schedule.Move]:
     # Where both operands are set, B_k may move and the widths do not.
     if not np.any(reasons[begin:end]) or before[path] == after[path]:
       continue
-    shape = start.weights.shape
+    is_stacked = bool(start.weights.shape)
+    part = _known(signals[begin:end])
     found.append(
       schedule.Move(
         step=int(step),
         path=path,
         old=before[path],
         new=after[path],
-        reason=_words(reasons[begin:end], bool(shape)),
-        signal=signals[begin:end].astype(float).reshape(shape).tolist(),
+        reason=_words(reasons[begin:end], is_stacked),
+        signal=part if is_stacked else part[0],
       )
     )
   return found

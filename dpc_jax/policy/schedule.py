@@ -50,6 +50,9 @@ class Schedule(NamedTuple):
     moves: `moves(state) -> [Move]`, on the host: all changes so far, in the
       order of their steps, out of a record that the state keeps. A schedule
       that needs nothing may leave it out: replaying it gives its changes.
+    signals: `signals(state) -> [(step, {path: z})]`, on the host: what was
+      decided by at every decision so far, whether or not a layer moved; z is a
+      number, or a list of the stacked layers', None where it was not known.
   """
 
   init: Callable[..., Any]
@@ -57,6 +60,7 @@ class Schedule(NamedTuple):
   evaluation: Callable[[Any], dict[str, grids.LayerBits]] | None = None
   needs: tuple[str, ...] = ()
   moves: Callable[[Any], list["Move"]] | None = None
+  signals: Callable[[Any], list[tuple[int, dict[str, Any]]]] | None = None
 
 
 class Move(NamedTuple):

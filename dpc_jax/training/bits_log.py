@@ -13,6 +13,7 @@ from dpc_jax.quant import grids
 
 # Steps of one replay: a call and a transfer for all of them.
 _BLOCK = 64
+SIGNALS = "signals.jsonl"
 
 
 class BitsLog:
@@ -22,7 +23,8 @@ class BitsLog:
   activations, gradients] (lists of them under `nn.scan`), and old is null at
   step 0. The train step never waits for it: a schedule that needs nothing but
   the step is a pure function, which the host runs again; another keeps a record
-  in its state (`Schedule.moves`), and its objects have a `signal` too.
+  in its state (`Schedule.moves`), and its objects have a `signal` too. What it
+  decided by at every decision goes to `signals.jsonl` beside it: step, signals.
   """
 
   def __init__(
@@ -74,10 +76,13 @@ class BitsLog:
     if self._schedule.moves is None:
       lines = self._replay_to(step)
     else:
-      moves = self._schedule.moves(jax.device_get(schedule_state))
+      state = jax.device_get(schedule_state)
       lines = [
-        move._asdict() for move in moves if self._step <= move.step < step
+        move._asdict()
+        for move in self._schedule.moves(state)
+        if self._step <= move.step < step
       ]
+      self._write_signals(state, step)
       self._step = max(self._step, step)
     self._write(lines)
     return lines
@@ -97,9 +102,17 @@ class BitsLog:
     self._state = jax.tree.map(np.array, jax.device_get(schedule_state))
 
   def _write(self, lines):
-    if lines:
-      with self._path.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+    _append(self._path, lines)
+
+  def _write_signals(self, state, step):
+    if self._schedule.signals is None:
+      return
+    lines = [
+      {"step": at, "signals": values}
+      for at, values in self._schedule.signals(state)
+      if self._step <= at < step
+    ]
+    _append(self._path.with_name(SIGNALS), lines)
 
   def _replaced(self, bits, reason) -> list[dict[str, Any]]:
     lines = []
@@ -135,6 +148,12 @@ class BitsLog:
       for i, (before, after) in enumerate(zip([old, *rows], rows, strict=False))
       if before is None or not np.array_equal(before, after)
     ]
+
+
+def _append(path, lines):
+  if lines:
+    with path.open("a") as file:
+      file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def _as_rows(bits):

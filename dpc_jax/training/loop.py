@@ -153,9 +153,10 @@ class _Run:
           or (line["step"] == step and (line["split"] == "train" or not owes))
         ),
       )
-      metrics_lib.keep_lines(
-        self.workdir / "bits.jsonl", lambda line: line["step"] < step
-      )
+      for name in ("bits.jsonl", bits_log.SIGNALS):
+        metrics_lib.keep_lines(
+          self.workdir / name, lambda line: line["step"] < step
+        )
     return bool(multihost_utils.broadcast_one_to_all(np.int32(owes)))
 
   def _evaluates(self) -> bool:

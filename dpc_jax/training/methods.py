@@ -143,7 +143,7 @@ def _adaptive(precision, run, direction):
     freeze=rule.freeze,
     rebase=rule.rebase,
     signal=rule.signal,
-    budget=rule.budget,
+    budget="start" if rule.budget is None and rule.keep_cost else rule.budget,
     direction=direction,
     macs=run.macs,
     skip_steps=run.jumps,
