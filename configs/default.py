@@ -62,6 +62,7 @@ def finish(
   config.eval_every = 4
   config.log_every = 1
   config.checkpoint_every = 2
+  config.precision.bounds_step = 2
   config.data.fake = True
   config.data.workers = None
   if config.data.holdout:
@@ -163,7 +164,7 @@ def _precision(method: str) -> ml_collections.ConfigDict:
   precision.kind = "affine"  # grids of all operands: affine or symmetric
   # What the backward pass keeps: none is float, 8 is 8-bit integer codes.
   precision.storage_bits = config_dict.placeholder(int)
-  precision.seed = 0  # of the method random
+  precision.seed = 0  # of the method random, on top of the run's seed
   precision.cycles = 32  # of cpt and dpc_cpt, over the run
   precision.adaptive = _adaptive()
   precision.pfq = pfq = ml_collections.ConfigDict()  # FracTrain's rule
@@ -194,7 +195,8 @@ def _adaptive() -> ml_collections.ConfigDict:
   # Of the mean gradient's moving average. A long one finds no signal: see
   # experiments/adaptive/README.md.
   adaptive.decay = 0.5
-  # Of the average over the ratios that it gives; none: 1 - 1/steps_per_epoch.
+  # Of the average over the moments that it finds; none: 1 - 2/steps_per_epoch,
+  # which looks back on half an epoch.
   adaptive.average = config_dict.placeholder(float)
   return adaptive
 

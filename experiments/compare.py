@@ -136,8 +136,8 @@ def train(
     ({method: {seed: summary}}, failures); None if SIGTERM stopped the grid.
 
   Raises:
-    ConfigError: of the first run: nothing has been trained, and the mistake is
-      the command's. Of a later run it is one of the failures.
+    ConfigError: of the first run, before it is trained: the mistake is the
+      command's. Of a later run, or later, it is one of the failures.
   """
   runs: dict[str, dict[int, Any]] = {cell.method: {} for cell in cells}
   failures = []
@@ -157,7 +157,8 @@ def train(
       with _claimed(folder) if trains else contextlib.nullcontext():
         summary = loop.train_and_evaluate(cell.config, folder)
     except _RUN_ERRORS as error:
-      if i == 0 and isinstance(error, config_lib.ConfigError):
+      is_first = i == 0 and not (folder / "checkpoints").exists()
+      if is_first and isinstance(error, config_lib.ConfigError):
         raise
       failures.append(_failure(cell, error))
       continue

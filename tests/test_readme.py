@@ -13,7 +13,7 @@ def test_python_blocks_run_and_print_what_they_say():
   code = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.S))
   assert "dpc.quantize" in code and "dpc.schedules" in code
   said = re.findall(r"^print\(.*\)  # (.+)$", code, re.M)
-  assert len(said) == code.count("print(") == 3
+  assert len(said) == code.count("print(") == 4
   out = io.StringIO()
   with contextlib.redirect_stdout(out):
     exec(compile(code, str(README), "exec"), {"__name__": "readme"})

@@ -1,6 +1,7 @@
 """The picture of an adaptive run: what it decided by, and the bits it gave."""
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 
 # z beyond it is drawn as it.
 _LARGEST_SIGNAL = 1.5
+# Up to so many layers have their names on the axis.
+_NAMED_LAYERS = 40
 
 
 def bits_over_time(
@@ -50,15 +53,13 @@ def bits_over_time(
     raise ValueError("moves: no first widths of the layers of `signals`")
   steps = [line["step"] for line in signals]
   z = np.array(
-    [[_at(line["signals"][layer], i) for line in signals] for layer, i in rows],
-    np.float64,
+    [[_at(line["signals"][layer], i) for line in signals] for layer, i in rows]
   )
   bits = np.array([_bits(layer, i, first, moves, steps) for layer, i in rows])
   figure = Figure(
     figsize=(10.0, max(2.6, 0.24 * len(rows) + 1.4)), layout="constrained"
   )
   left, right = figure.subplots(1, 2, sharey=True)
-  names = [layer if i is None else f"{layer}[{i}]" for layer, i in rows]
   _draw_map(
     figure,
     left,
@@ -68,20 +69,19 @@ def bits_over_time(
     "z, nats: stable < 0 < noisy",
   )
   _draw_moves(left, rows, moves, steps)
-  _draw_map(
-    figure,
-    right,
-    bits,
-    steps,
-    {"cmap": "viridis", "vmin": bits.min() - 0.5, "vmax": bits.max() + 0.5},
-    "bits of the weights",
-  )
+  ends = {"vmin": bits.min() - 0.5, "vmax": bits.max() + 0.5}
+  _draw_map(figure, right, bits, steps, ends, "bits of the weights")
   _write_bits(right, bits)
-  if len(rows) <= 40:
-    left.set_yticks(range(len(rows)), names, fontsize=8)
-  else:
-    left.set_ylabel("layer, from input to output")
+  _name_rows(left, rows)
   figure.savefig(path, dpi=150)
+
+
+def _name_rows(axis, rows) -> None:
+  if len(rows) > _NAMED_LAYERS:
+    axis.set_ylabel("layer, from input to output")
+    return
+  names = [layer if i is None else f"{layer}[{i}]" for layer, i in rows]
+  axis.set_yticks(range(len(rows)), names, fontsize=8)
 
 
 def _places(width):
@@ -107,6 +107,14 @@ def _bits(layer, i, first, moves, steps) -> list[int]:
   return widths
 
 
+def _is_forced(reason, i) -> bool:
+  """Whether a budget took the bit; of stacked layers a reason names some."""
+  if i is None:
+    return reason == "over budget"
+  named = re.search(r"over budget \(([\d, ]+)\)", reason)
+  return named is not None and str(i) in named[1].split(", ")
+
+
 def _draw_map(figure, axis, values, steps, colors, label) -> None:
   image = axis.imshow(values, aspect="auto", interpolation="nearest", **colors)
   figure.colorbar(image, ax=axis, label=label)
@@ -123,7 +131,7 @@ def _draw_moves(axis, rows, moves, steps) -> None:
       old, new = (_at(line[name][0], i) for name in ("old", "new"))
       if old == new or line["step"] not in steps:
         continue
-      forced = "budget" in line["reason"]
+      forced = _is_forced(line["reason"], i)
       axis.plot(
         steps.index(line["step"]),
         row,

@@ -138,9 +138,8 @@ def value(run: Mapping[str, Any], measure: str) -> float:
   metric = run["metric"]
   if measure == "final":
     return run[f"test_{metric}"]
-  return run.get(
-    f"test_{metric}_at_best_validation", run[f"best_test_{metric}"]
-  )
+  honest = f"test_{metric}_at_best_validation"
+  return run[honest if honest in run else f"best_test_{metric}"]
 
 
 def compare(runs: Runs, *, b_max: int) -> Comparison:
@@ -248,12 +247,18 @@ def _pairs(
       family = {
         method: difference.p
         for method, difference in differences.items()
-        if references[method] == reference and difference.p is not None
+        if references[method] == reference
       }
       sizes[reference] = len(family)
-      adjusted |= zip(
-        family, significance.holm(list(family.values())), strict=True
+      # One that has no p-value was compared all the same: it counts.
+      holm = significance.holm(
+        [1.0 if p is None else p for p in family.values()]
       )
+      adjusted |= {
+        method: p
+        for method, p in zip(family, holm, strict=True)
+        if family[method] is not None
+      }
     for method, reference in references.items():
       seeds, cost = _shared(runs[method], runs[reference])
       pairs.append(

@@ -11,12 +11,15 @@ R_k the `noise_to_signal` of layer k (see `statistics`):
 z_k > threshold for `patience` epochs in a row: B_k + 1. z_k < -threshold for as
 many: B_k - 1. Between them nothing, and the count starts anew, as it does after
 a move. Widths stay in [b_min, b_max]. With `rebase`, the default, a layer that
-has moved is compared from then on with its R_k at that time, so that a change
-which lasts moves it once; without, with the end of the warm-up, and such a
-layer goes on to a bound. The median takes out what all layers share, such as
-the rise of noise as the loss falls or a step of the learning rate; what is left
-is a layer's own share. Products without weights have no statistics: they keep
-b_max and are not in the median.
+its own signal has moved is compared from then on with its R_k at that time, so
+that a change which lasts moves it once; without, with the end of the warm-up,
+and such a layer goes on to a bound. A layer whose signal is lost in the noise
+(`is_resolved`) is not known: it holds, and is not in the median.
+
+The median takes out what all layers share, such as the rise of noise as the
+loss falls or a step of the learning rate; what is left is a layer's own share.
+Products without weights have no statistics: they keep b_max and are not in the
+median.
 """
 
 import functools
@@ -29,10 +32,11 @@ import numpy as np
 
 from dpc_jax.policy import adaptive_rule, schedule
 from dpc_jax.policy import adaptive_state as state_lib
+from dpc_jax.policy import dpc as equation
 from dpc_jax.quant import grids
 
 # What `schedules.dpc` does with each operand unless told: None is B_k.
-_FIXED = {"weights": None, "activations": None, "gradients": 8}
+_FIXED = grids.LayerBits(None, None, grids.DEFAULT_GRADIENT_WIDTH)._asdict()
 # A ratio of 0, of gradients that are equal at all steps, has no logarithm.
 _SMALLEST_RATIO = 1e-12
 # Beyond every z: the logarithm of a float32 is within +-104.
@@ -89,7 +93,7 @@ def adaptive(
   _check(rule, run)
   return schedule.Schedule(
     functools.partial(_init, rule, run),
-    functools.partial(_update, signal=signal),
+    _update,
     needs=("statistics",),
     moves=state_lib.moves,
     signals=state_lib.signals,
@@ -145,10 +149,8 @@ def _begin(rule, run, capacities) -> state_lib.AdaptiveState:
   moving = {
     k: v for k, v in run.dpc.items() if k not in grids.LayerBits._fields
   }
-  widths = schedule.by_equation(run.b_min, run.b_max, **moving)(weighted)
-  first = state_lib.vector(
-    {path: b.weights for path, b in widths.items()}, weighted
-  )
+  widths = equation.dpc_bit_widths(weighted, run.b_min, run.b_max, **moving)
+  first = state_lib.vector(widths, weighted)
   rows = max(1, (run.steps - 1) // run.steps_per_epoch)
   state = state_lib.AdaptiveState(
     start={path: start[path] for path in weighted},
@@ -187,6 +189,7 @@ def _settings(rule, run, capacities) -> state_lib.Settings:
     # 0.57 of 100 steps is 56.99999999999999.
     last_step=jnp.int32(round(freeze * run.steps, 6)),
     rebase=jnp.bool_(rule.rebase),
+    reads_variance=jnp.bool_(rule.signal == "variance"),
     sign=jnp.int32(1 if rule.direction == "noisy_up" else -1),
     budget=jnp.float32(np.inf),  # set once the costs are known
     share=jnp.asarray(macs / macs.sum(), jnp.float32),
@@ -223,9 +226,8 @@ def _update(
   *,
   step: jax.typing.ArrayLike,
   statistics: Mapping[str, Any] | None = None,
-  signal: str,
 ) -> tuple[dict[str, grids.LayerBits], state_lib.AdaptiveState]:
-  log_ratios = _log_ratios(state, statistics, signal)
+  log_ratios = _log_ratios(state, statistics)
   is_end = (step > 0) & (step % state.settings.period == 0)
   state = jax.lax.cond(
     is_end, _decide, lambda state, *_: state, state, step, log_ratios
@@ -236,7 +238,6 @@ def _update(
 def _log_ratios(
   state: state_lib.AdaptiveState,
   statistics: Mapping[str, Any] | None,
-  signal: str,
 ) -> jax.Array:
   """ln R of the layers, float32 (L,); NaN where it is not known."""
   if statistics is None:
@@ -245,23 +246,38 @@ def _log_ratios(
       " track_gradient_statistics in the optimizer"
     )
   parts = []
-  for path, widths in sorted(state.start.items()):
+  for path in sorted(state.start):
     if path not in statistics:
       raise ValueError(
         f"statistics: layer {path!r} is missing; track its kernel's gradient"
       )
-    ratio = getattr(statistics[path], signal)
-    if isinstance(ratio, np.ndarray | np.floating) and np.all(np.isnan(ratio)):
-      raise ValueError(
-        f"statistics: {signal} is not tracked with memory = 'norm'; use"
-        " 'full' or 'sketch'"
-      )
-    known = (statistics[path].count > 1) & jnp.isfinite(ratio)
-    ratio = jnp.where(
-      known, jnp.log(jnp.maximum(ratio, _SMALLEST_RATIO)), jnp.nan
-    )
-    parts.append(jnp.ravel(jnp.broadcast_to(ratio, widths.weights.shape)))
+    parts.append(jnp.ravel(_log_ratio(state, path, statistics[path])))
   return jnp.concatenate(parts).astype(jnp.float32)
+
+
+def _log_ratio(state, path, of_layer) -> jax.Array:
+  shape = state.start[path].weights.shape
+  ratio = of_layer.noise_to_signal
+  if np.shape(ratio) != shape:
+    raise ValueError(
+      f"statistics: layer {path!r} has ratios of shape {np.shape(ratio)} for"
+      f" widths of shape {shape}; pass capacities to track_gradient_statistics"
+    )
+  # A constant: a traced NaN could not be read here.
+  if isinstance(ratio, np.ndarray | np.floating) and np.all(np.isnan(ratio)):
+    raise ValueError(
+      "statistics: no variance is tracked with memory = 'norm'; use 'full' or"
+      " 'sketch'"
+    )
+  known = of_layer.count > 1
+  if of_layer.is_resolved is not None:
+    known &= of_layer.is_resolved | state.settings.reads_variance
+  ratio = jnp.where(state.settings.reads_variance, of_layer.variance, ratio)
+  return jnp.where(
+    known & jnp.isfinite(ratio),
+    jnp.log(jnp.maximum(ratio, _SMALLEST_RATIO)),
+    jnp.nan,
+  )
 
 
 def _decide(
@@ -291,9 +307,7 @@ def _decide(
   wanted = jnp.clip(state.bits + rule.sign * turn, rule.low, rule.high)
   bits, gave = _within_budget(state, wanted, signals)
   reasons = jnp.where(turn > 0, state_lib.NOISY, state_lib.STABLE)
-  reasons = jnp.where(
-    (gave > 0) & (bits < state.bits), state_lib.OVER_BUDGET, reasons
-  )
+  reasons = jnp.where(gave > 0, state_lib.OVER_BUDGET, reasons)
   reasons = jnp.where(bits == state.bits, 0, reasons)
   is_own = (bits != state.bits) & (gave == 0)
   row = epoch - 1
@@ -313,19 +327,39 @@ def _decide(
 def _within_budget(
   state: state_lib.AdaptiveState, wanted: jax.Array, signals: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """(bits, how many each layer gave up): the least noisy layers first."""
+  """(bits, which layers gave one up for others), int32 (L,) both.
+
+  Layers that did not ask for a move pay for those that gain, a bit each, the
+  one whose signal speaks least for a bit first. Where all of them cannot pay,
+  the gain with the weakest signal is refused, and the account begins anew.
+  """
   # An unknown z is taken as the median's, 0.
-  order = jnp.nan_to_num(signals, posinf=_FAR, neginf=-_FAR)
+  order = state.settings.sign * jnp.nan_to_num(signals)
+  least = state.settings.low
+  # Of one that is refused too: it does not pay for the others.
+  asked = wanted != state.bits
 
   def is_over(carry):
-    bits, _ = carry
-    over = state_lib.relative_cost(state, bits) > state.settings.budget
-    return over & jnp.any(bits > state.settings.low)
+    wanted, gave = carry
+    cost = state_lib.relative_cost(state, wanted - gave)
+    return (cost > state.settings.budget) & jnp.any(wanted > state.bits)
 
   def give(carry):
-    bits, gave = carry
-    key = jnp.where(bits > state.settings.low, order + 4 * _FAR * gave, jnp.inf)
-    one = (jnp.arange(bits.size) == jnp.argmin(key)).astype(jnp.int32)
-    return bits - one, gave + one
+    wanted, gave = carry
+    can_pay = ~asked & (gave == 0) & (wanted > least)
+    paid = (wanted, gave + _first(can_pay, order))
+    refused = (wanted - _first(wanted > state.bits, order), gave * 0)
+    return jax.tree.map(
+      lambda x, y: jnp.where(jnp.any(can_pay), x, y), paid, refused
+    )
 
-  return jax.lax.while_loop(is_over, give, (wanted, jnp.zeros_like(wanted)))
+  wanted, gave = jax.lax.while_loop(
+    is_over, give, (wanted, jnp.zeros_like(wanted))
+  )
+  return wanted - gave, gave
+
+
+def _first(among: jax.Array, order: jax.Array) -> jax.Array:
+  """1 at the smallest of `order` where `among` holds, else 0."""
+  best = jnp.argmin(jnp.where(among, order, jnp.inf))
+  return (jnp.arange(order.size) == best).astype(jnp.int32)

@@ -1,5 +1,7 @@
 """The constants of adaptive DPC's rule; `adaptive` has the rule itself."""
 
+import math
+import numbers
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +23,10 @@ class Rule(NamedTuple):
       changes with the scale of a layer's weights.
     direction: "noisy_up", or "noisy_down", the reverse: a control.
     budget: largest cost of a step relative to b_max everywhere, in (0, 1], of
-      all products of the quantized layers with weights; "start": that of static
-      DPC, where the run starts; None: no limit. Where moves would exceed it,
-      the least noisy layers (smallest z) give way by a bit each.
+      the quantized layers with weights; "start": that of static DPC, where the
+      run starts; None: no limit. Where moves would exceed it, layers that did
+      not ask for one pay with a bit each, the least noisy first (with
+      "noisy_down" the noisiest); a gain that they cannot pay for is refused.
   """
 
   warmup: int
@@ -44,7 +47,7 @@ def check(rule: Rule) -> None:
   """
   for name in ("warmup", "patience"):
     check_count(name, getattr(rule, name))
-  if not 0 <= rule.threshold < np.inf:
+  if not _is_real(rule.threshold) or not 0 <= rule.threshold < math.inf:
     raise ValueError(
       f"threshold = {rule.threshold!r} must be finite and not negative"
     )
@@ -56,14 +59,19 @@ def check(rule: Rule) -> None:
     raise ValueError(f"rebase = {rule.rebase!r} must be True or False")
   for name, word in (("freeze", None), ("budget", "start")):
     value = getattr(rule, name)
-    if value not in (None, word) and not (
-      isinstance(value, int | float) and 0 < value <= 1
-    ):
+    if value in (None, word):
+      continue
+    if not _is_real(value) or not 0 < value <= 1:
       words = "None" if word is None else f"{word!r}, or None"
       raise ValueError(f"{name} = {value!r} must be in (0, 1], or {words}")
 
 
 def check_count(name: str, value: int) -> None:
   """Raises ValueError unless `value` is an int from 1 on."""
-  if not isinstance(value, int | np.integer) or value < 1:
+  is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+  if not is_int or value < 1:
     raise ValueError(f"{name} = {value!r} must be an int, at least 1")
+
+
+def _is_real(value) -> bool:
+  return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -27,6 +27,7 @@ class Settings(NamedTuple):
     threshold: float32 (), half of the dead band, in nats.
     last_step: int32 (), no layer moves after it.
     rebase: bool (), whether a move sets the layer's reference anew.
+    reads_variance: bool (), whether R is the variance alone.
     sign: int32 (), +1 or -1: what a noisy layer gains.
     budget: float32 (), largest cost relative to `high` everywhere; inf: none.
     share: float32 (L,), MACs of each layer over those of all; without macs
@@ -43,6 +44,7 @@ class Settings(NamedTuple):
   threshold: jax.Array
   last_step: jax.Array
   rebase: jax.Array
+  reads_variance: jax.Array
   sign: jax.Array
   budget: jax.Array
   share: jax.Array
@@ -133,39 +135,59 @@ def vector(
   )
 
 
-def moves(state: AdaptiveState) -> list[schedule.Move]:
-  """All moves so far, in the order of steps and paths; on the host."""
+def moves(state: AdaptiveState, since: int = 0) -> list[schedule.Move]:
+  """Moves from step `since` on, by steps and paths; on the host."""
   record = jax.tree.map(np.asarray, state.record)
   period = int(state.settings.period)
-  old = state._replace(bits=state.first)
   found = []
-  for row in np.flatnonzero(np.any(record.reasons != 0, axis=1)):
-    new = state._replace(bits=record.widths[row])
+  for before, row in _rows(state, since):
+    reasons = record.reasons[row]
+    if not np.any(reasons):
+      continue
+    old = state.first if before is None else record.widths[before]
     found += _moves_of(
-      old, new, (row + 1) * period, record.reasons[row], record.signals[row]
+      state._replace(bits=old),
+      state._replace(bits=record.widths[row]),
+      (row + 1) * period,
+      reasons,
+      record.signals[row],
     )
-    old = new
   return found
 
 
-def signals(state: AdaptiveState) -> list[tuple[int, dict[str, Any]]]:
-  """z of all layers at each epoch's end that was looked at; on the host."""
-  table = np.asarray(state.record.signals, np.float64)
+def signals(
+  state: AdaptiveState, since: int = 0
+) -> list[tuple[int, dict[str, Any]]]:
+  """z of all layers at the epochs' ends that were looked at; on the host."""
+  table = np.asarray(state.record.signals)
   period = int(state.settings.period)
   found = []
-  for row in np.flatnonzero(~np.all(np.isnan(table), axis=1)):
-    values = _known(table[row])
+  for _, row in _rows(state, since):
+    if np.all(np.isnan(table[row])):
+      continue
     layers, end = {}, 0
     for path, start in sorted(state.start.items()):
       begin, end = end, end + start.weights.size
-      part = values[begin:end]
+      part = _known(table[row, begin:end])
       layers[path] = part if start.weights.shape else part[0]
-    found.append(((int(row) + 1) * period, layers))
+    found.append(((row + 1) * period, layers))
   return found
 
 
-def _known(signals: np.ndarray) -> list[float | None]:
-  return [None if np.isnan(z) else float(z) for z in signals]
+def _rows(state: AdaptiveState, since: int) -> list[tuple[int | None, int]]:
+  """(row before, row) of the record's filled rows from step `since` on."""
+  filled = np.flatnonzero(np.asarray(state.record.widths)[:, 0]).tolist()
+  period = int(state.settings.period)
+  return [
+    (before, row)
+    for before, row in zip([None, *filled], filled, strict=False)
+    if (row + 1) * period >= since
+  ]
+
+
+def _known(values: np.ndarray) -> list[float | None]:
+  """Floats; None for NaN, which JSON does not have."""
+  return [None if np.isnan(z) else float(z) for z in values]
 
 
 def _moves_of(old, new, step, reasons, signals) -> list[schedule.Move]:

@@ -291,11 +291,13 @@ def _end_epoch(
   )
 
 
-def _moves(state: ProgressiveState) -> list[schedule.Move]:
-  """All switches so far, for each layer whose widths they changed."""
+def _moves(state: ProgressiveState, since: int = 0) -> list[schedule.Move]:
+  """Switches from step `since` on, for each layer whose widths they changed."""
   state = jax.device_get(state)
   moves = []
   for i in range(int(state.entry)):
+    if state.steps[i] < since:
+      continue
     reason = (
       f"loss plateau: indicator {state.indicators[i]:.4g} at most "
       f"{state.thresholds[i]:.4g}; entry {i + 2} of {state.steps.size + 1}"

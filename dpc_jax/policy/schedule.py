@@ -47,11 +47,12 @@ class Schedule(NamedTuple):
       after the step before: "statistics", {path: GradientStatistics} of the
       raw gradients, and "loss", float32 (), the mean over that step's batch
       (NaN at step 0). Such a schedule refuses None.
-    moves: `moves(state) -> [Move]`, on the host: all changes so far, in the
-      order of their steps, out of a record that the state keeps. A schedule
-      that needs nothing may leave it out: replaying it gives its changes.
-    signals: `signals(state) -> [(step, {path: z})]`, on the host: what was
-      decided by at every decision so far, whether or not a layer moved; z is a
+    moves: `moves(state, since=0) -> [Move]`, on the host: the changes so far
+      from step `since` on, in the order of their steps, out of a record that
+      the state keeps. A schedule that needs nothing may leave it out: replaying
+      it gives its changes.
+    signals: `signals(state, since=0) -> [(step, {path: z})]`, likewise: what
+      was decided by at every decision, whether or not a layer moved; z is a
       number, or a list of the stacked layers', None where it was not known.
   """
 
@@ -59,8 +60,8 @@ class Schedule(NamedTuple):
   update: Callable[..., Any]
   evaluation: Callable[[Any], dict[str, grids.LayerBits]] | None = None
   needs: tuple[str, ...] = ()
-  moves: Callable[[Any], list["Move"]] | None = None
-  signals: Callable[[Any], list[tuple[int, dict[str, Any]]]] | None = None
+  moves: Callable[..., list["Move"]] | None = None
+  signals: Callable[..., list[tuple[int, dict[str, Any]]]] | None = None
 
 
 class Move(NamedTuple):

@@ -28,6 +28,7 @@ error of at most sqrt(2/1024) = 4.4 %, and exactly for kernels of up to 1,024
 weights. "norm" is nothing: variance and noise_to_signal are NaN.
 """
 
+import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dpc_jax.policy import kernels as kernels_lib
 from dpc_jax.policy import sketch
 
 MEMORIES = ("full", "sketch", "norm")
@@ -58,6 +60,8 @@ class GradientStatistics(NamedTuple):
       mean gradient is lost in the noise.
     count: int32 (), the steps taken in; 0: nothing is known yet, all are 0.
     skipped: int32 (), the steps left out because a gradient was not finite.
+    is_resolved: bool, whether the signal is more than the noise that is left
+      in it; where not, noise_to_signal is at its end, a bound and no estimate.
     within_variance: E of the variance of the entries of g about their own
       mean, float32 >= 0; None unless it is tracked.
   """
@@ -67,6 +71,7 @@ class GradientStatistics(NamedTuple):
   noise_to_signal: Any
   count: Any
   skipped: Any = None
+  is_resolved: Any = None
   within_variance: Any = None
 
 
@@ -123,35 +128,38 @@ def track_gradient_statistics(
 
   Args:
     decay: of the moving average, in (0, 1); 1 - 1/n looks back on about n
-      steps. Under `optax.inject_hyperparams` it may change from step to step.
+      steps. Under `optax.inject_hyperparams`, with `hyperparam_dtype` float32,
+      it may change from step to step.
     memory: "full", "sketch" or "norm", what is kept of the mean gradient; the
       module's docstring says what each costs and gives.
     capacities: the layers to track, {path: N_k} as `layer_capacities` gives
       them: what is stacked by `nn.scan` is told by an N_k of shape (layers,),
-      and gets one statistic per layer. None tracks each leaf named `kernel` as
-      one layer.
+      and gets one statistic per layer. None: each leaf named `kernel` is one.
     within_tensor: whether to track the variance within a gradient as well.
     average: decay, in (0, 1), of a second moving average over what the first
       one finds at each step: of E||g||^2, of the variance, and of ||m||^2 -
       c * variance, before the ratio is taken. None: no second average.
 
   Returns:
-    An `optax.GradientTransformation`. `init` raises ValueError where no kernel
-    is tracked, or where a kernel does not have the stacked layers in front.
+    A transformation whose `init` raises ValueError where no kernel is tracked,
+    or where a kernel does not have the stacked layers in front.
 
   Raises:
     ValueError: decay or average outside (0, 1), an unknown memory.
   """
-  _check(decay, average, memory)
+  decay, average = _check(decay, "decay"), _check(average, "average")
+  _check_memory(memory, average)
 
   def init(params: Any) -> GradientStatisticsState:
-    return _init(_kernels(params, capacities), memory, within_tensor, average)
+    return _init(
+      kernels_lib.find(params, capacities), memory, within_tensor, average
+    )
 
   def update(
     updates: Any, state: GradientStatisticsState, params: Any = None
   ) -> tuple[Any, GradientStatisticsState]:
     del params
-    kernels = _kernels(updates, capacities)
+    kernels = kernels_lib.find(updates, capacities)
     if kernels.keys() != state.square.keys():
       raise ValueError(
         f"updates: kernels at {sorted(kernels)}, but init saw"
@@ -162,13 +170,18 @@ def track_gradient_statistics(
   return optax.GradientTransformation(init, update)
 
 
-def _check(decay: Any, average: Any, memory: str) -> None:
-  for name, value in (("decay", decay), ("average", average)):
-    # Under inject_hyperparams they are arrays.
-    if isinstance(value, int | float) and not 0 < value < 1:
-      raise ValueError(
-        f"{name} = {value!r} must be in (0, 1), such as 1 - 1/steps_per_epoch"
-      )
+def _check(decay: Any, name: str) -> Any:
+  """A decay as a Python float, whose type gives way; None and arrays stay."""
+  if not isinstance(decay, numbers.Real):
+    return decay
+  if not 0 < decay < 1:
+    raise ValueError(
+      f"{name} = {decay!r} must be in (0, 1), such as 1 - 1/steps_per_epoch"
+    )
+  return float(decay)
+
+
+def _check_memory(memory: str, average: float | None) -> None:
   if memory not in MEMORIES:
     raise ValueError(f"memory = {memory!r}: use one of {', '.join(MEMORIES)}")
   if average is not None and memory == "norm":
@@ -183,17 +196,21 @@ def _init(kernels, memory, within_tensor, average) -> GradientStatisticsState:
       "params: no leaf named 'kernel' to track, at the paths of `capacities`"
       " where these are given"
     )
-  zeros = {
-    path: jnp.zeros(np.shape(kernel)[:lead], jnp.float32)
-    for path, (kernel, lead) in kernels.items()
-  }
+
+  def zeros(*end):
+    # New ones at each call: a buffer that stands twice cannot be donated.
+    return {
+      path: jnp.zeros((*np.shape(kernel)[:lead], *end), jnp.float32)
+      for path, (kernel, lead) in kernels.items()
+    }
+
   mean = {}
-  if memory != "norm":
+  if memory == "sketch":
+    mean = zeros(sketch.SIZE)
+  elif memory == "full":
+    # Like the kernel it is sharded like the kernel.
     mean = {
-      # Like the kernel it is sharded like the kernel.
       path: jnp.zeros_like(kernel, jnp.float32)
-      if memory == "full"
-      else jnp.zeros((*zeros[path].shape, sketch.SIZE), jnp.float32)
       for path, (kernel, _) in kernels.items()
     }
   return GradientStatisticsState(
@@ -201,15 +218,11 @@ def _init(kernels, memory, within_tensor, average) -> GradientStatisticsState:
     skipped=jnp.int32(0),
     weight=jnp.float32(0),
     weight_square=jnp.float32(0),
-    square=zeros,
+    square=zeros(),
     mean=mean,
-    mean_square=dict(zeros) if mean else {},
-    within=dict(zeros) if within_tensor else {},
-    averaged={}
-    if average is None
-    else {
-      path: jnp.zeros((*x.shape, 3), jnp.float32) for path, x in zeros.items()
-    },
+    mean_square=zeros() if mean else {},
+    within=zeros() if within_tensor else {},
+    averaged={} if average is None else zeros(3),
     averaged_weight=jnp.float32(0),
   )
 
@@ -313,10 +326,11 @@ def _moments(state, path) -> tuple[jax.Array, jax.Array, jax.Array]:
   square = state.square[path] / weight
   mean_square = jnp.minimum(state.mean_square[path] / weight**2, _LARGEST)
   c = state.weight_square / weight**2
-  # 1 - c is 0 up to round-off after one step.
-  spread = jnp.where(state.count > 1, 1 - c, 1.0)
-  variance = jnp.clip((square - mean_square) / spread, 0.0, _LARGEST)
-  variance = jnp.where(state.count > 1, variance, 0.0)
+  # 1 - c is 0 up to round-off after one step, and where decay is near 0.
+  spread = jnp.maximum(1 - c, 1e-6)
+  variance = jnp.where(
+    state.count > 1, jnp.maximum(square - mean_square, 0.0) / spread, 0.0
+  )
   return square, variance, mean_square - c * variance
 
 
@@ -331,51 +345,25 @@ def _statistics(
       sums = state.averaged[path] / jnp.where(known, state.averaged_weight, 1.0)
       square = jnp.where(known, sums[..., 0], square)
       variance, signal = sums[..., 1], sums[..., 2]
-    noise = state.weight_square / weight**2 * variance
-    ratio = variance / jnp.maximum(signal, _TINY * noise + _SMALLEST)
+    least = _TINY * state.weight_square / weight**2 * variance
+    ratio = variance / jnp.maximum(signal, least + _SMALLEST)
+    is_resolved = signal > least
   else:
     square = state.square[path] / weight
     # Constants, so that a schedule sees at once that they are not tracked.
     variance = ratio = np.full(square.shape, np.nan, np.float32)
+    is_resolved = None
   return GradientStatistics(
     norm=jnp.sqrt(square),
     variance=variance,
     noise_to_signal=ratio,
     count=state.count,
     skipped=state.skipped,
+    is_resolved=is_resolved,
     within_variance=(
       state.within[path] / weight if path in state.within else None
     ),
   )
-
-
-def _kernels(
-  tree: Any, capacities: Mapping[str, Any] | None
-) -> dict[str, tuple[Any, int]]:
-  """{path: (leaf, how many of its leading axes are stacked layers)}."""
-  kernels = {}
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    path = _layer_path(keys)
-    if path is None or (capacities is not None and path not in capacities):
-      continue
-    stack = () if capacities is None else np.shape(capacities[path])
-    if np.shape(leaf)[: len(stack)] != stack:
-      raise ValueError(
-        f"layer {path!r}: a kernel of shape {np.shape(leaf)} for N_k of shape"
-        f" {stack}; stack parameters along their first axis"
-      )
-    kernels[path] = leaf, len(stack)
-  return kernels
-
-
-def _layer_path(keys: tuple[Any, ...]) -> str | None:
-  """The layer's path of a leaf named `kernel`, None of other leaves."""
-  names = [str(getattr(k, "key", getattr(k, "idx", None))) for k in keys]
-  while names and isinstance(keys[len(names) - 1], jax.tree_util.GetAttrKey):
-    names.pop()  # a boxed parameter is a node around its leaf
-  if not names or names[-1] != "kernel":
-    return None
-  return "/".join(names[:-1])
 
 
 def _square(x: jax.Array, lead: int) -> jax.Array:

@@ -12,7 +12,7 @@ from dpc_jax.training import build
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import state as state_lib
 
-_FILE = "bounds.json"
+_FILE = "found_bounds.json"
 
 
 def find(
@@ -68,7 +68,7 @@ def restart(
 def write(
   workdir: pathlib.Path, step: int, found: bounds.PrecisionBounds
 ) -> None:
-  """Writes `bounds.json`: step, b_min, b_max, mean and worst similarities."""
+  """Writes `found_bounds.json`: step, bounds, mean and worst similarities."""
   result = {
     "step": step,
     "b_min": found.b_min,

@@ -58,11 +58,8 @@ class BitsLog:
       )
     self._path, self._reason, self._step = path, reason, step
     self._schedule = schedule
-    self._rows = {}
-    if step > 0:
-      self._rows = _as_rows(bits)
-    elif schedule.moves is not None:
-      self._write(self._replaced(bits, reason))
+    self._rows = _as_rows(bits) if step > 0 else {}
+    self._first = bits
     self._keep(schedule_state)
     self._replay = jax.jit(_replayer(schedule))
 
@@ -76,12 +73,17 @@ class BitsLog:
     if self._schedule.moves is None:
       lines = self._replay_to(step)
     else:
+      if self._step < step and not self._rows:
+        # Not before: at step 0 they may be replaced.
+        self._write(self._replaced(self._first, self._reason))
       state = jax.device_get(schedule_state)
       lines = [
         move._asdict()
-        for move in self._schedule.moves(state)
-        if self._step <= move.step < step
+        for move in self._schedule.moves(state, self._step)
+        if move.step < step
       ]
+      for line in lines:
+        self._rows[line["path"]] = np.asarray(line["new"])
       self._write_signals(state, step)
       self._step = max(self._step, step)
     self._write(lines)
@@ -98,8 +100,9 @@ class BitsLog:
     self._write(self._replaced(bits, reason))
 
   def _keep(self, schedule_state):
-    # A copy: the train step takes the state's buffers for its own.
-    self._state = jax.tree.map(np.array, jax.device_get(schedule_state))
+    if self._schedule.moves is None:
+      # A copy: the train step takes the state's buffers for its own.
+      self._state = jax.tree.map(np.array, jax.device_get(schedule_state))
 
   def _write(self, lines):
     _append(self._path, lines)
@@ -109,8 +112,8 @@ class BitsLog:
       return
     lines = [
       {"step": at, "signals": values}
-      for at, values in self._schedule.signals(state)
-      if self._step <= at < step
+      for at, values in self._schedule.signals(state, self._step)
+      if at < step
     ]
     _append(self._path.with_name(SIGNALS), lines)
 

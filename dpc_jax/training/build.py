@@ -1,6 +1,7 @@
 """From a config to the parts of a run, and to its compiled programs."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -133,9 +134,7 @@ def build(
     model=model,
     optimizer=optimizer,
     schedule=schedule,
-    schedule_state=lambda b_min, b_max: _between(
-      config, run, b_min, b_max
-    ).init(capacities),
+    schedule_state=functools.partial(_between, config, run, capacities),
     costs=costs,
     static_bits=_static_bits(config, data.num_classes, feed.sample),
     init=init,
@@ -205,17 +204,24 @@ def make_schedule(
 
   Where the bounds are to be found on the way, it starts at b_max everywhere.
   """
-  precision = config.precision
-  finds = config_precision.finds_bounds(config)
-  b_min = precision.b_max if finds else precision.b_min
-  return _between(config, run, b_min, precision.b_max)
-
-
-def _between(config, run, b_min, b_max):
   precision = ml_collections.ConfigDict(config.precision.to_dict())
-  precision.b_min, precision.b_max = b_min, b_max
+  if config_precision.finds_bounds(config):
+    precision.b_min = precision.b_max
+    # A limit below the cost of b_max everywhere is for what comes after.
+    precision.adaptive.budget = None
   with _as_config_error("config.precision"):
     return methods.make_schedule(precision, run)
+
+
+def _between(config, run, capacities, b_min, b_max) -> Any:
+  """The schedule's first state between bounds that the run has found."""
+  precision = ml_collections.ConfigDict(config.precision.to_dict())
+  precision.b_min, precision.b_max = b_min, b_max
+  # The reference is of gradients at the new widths.
+  epochs = -(-precision.bounds_step // run.steps_per_epoch)
+  precision.adaptive.warmup += epochs
+  with _as_config_error("config.precision"):
+    return methods.make_schedule(precision, run).init(capacities)
 
 
 def _describe(config, rows, costs) -> methods.Run:
@@ -224,6 +230,7 @@ def _describe(config, rows, costs) -> methods.Run:
     steps_per_epoch=max(1, round(rows / config.batch_size)),
     macs={path: cost.macs for path, cost in costs.items()},
     jumps=optimizer_lib.jumps(config),
+    seed=config.seed,
   )
 
 
@@ -241,8 +248,9 @@ def _with_tracker(config, run, schedule, capacities):
   adaptive = config.precision.adaptive
   average = adaptive.average
   if average is None:
-    # One step an epoch leaves no decay: look back on two at least.
-    average = 1 - 1 / max(2, run.steps_per_epoch)
+    # Half an epoch: what came before it is nearly forgotten at its end. A
+    # single step would leave no decay.
+    average = 1 - 1 / max(2, run.steps_per_epoch / 2)
   tracker = statistics.track_gradient_statistics(
     adaptive.decay, adaptive.memory, capacities=capacities, average=average
   )

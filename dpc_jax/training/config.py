@@ -186,16 +186,7 @@ def resolve(
         config.epochs,
         f"{train_size} rows in batches of {config.batch_size} give no step",
       )
-  precision = config.precision
-  if (
-    config_precision.finds_bounds(config)
-    and precision.bounds_step >= config.steps
-  ):
-    checks.fail(
-      "precision.bounds_step",
-      precision.bounds_step,
-      f"must come before the end of the run, {config.steps} steps",
-    )
+  config_precision.check_length(config)
   steps = [round(b * config.steps) for b in config.optimizer.boundaries]
   if config.optimizer.schedule == "steps" and len(set(steps)) < len(steps):
     checks.fail(
@@ -251,9 +242,10 @@ def _check_claim(config, workdir, text) -> None:
     raise ConfigError(
       f"workdir = {workdir}: config.json is damaged; use another workdir"
     ) from None
-  here = _flat(json.loads(json.dumps(config.to_dict())))
+  here = _compared(config)
+  unread = config_precision.unread(config.precision)
   for name in sorted({*here, *there} - set(_NOT_COMPARED)):
-    if here.get(name) != there.get(name):
+    if not name.startswith(unread) and here.get(name) != there.get(name):
       raise ConfigError(
         f"workdir = {workdir}: holds a run with {name} ="
         f" {there.get(name)!r}, not {here.get(name)!r}; use another workdir,"
@@ -272,5 +264,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _compared(config) -> dict[str, Any]:
+  """{path: value} of the fields that make the run."""
   flat = _flat(json.loads(json.dumps(config.to_dict())))
-  return {k: v for k, v in flat.items() if k not in _NOT_COMPARED}
+  unread = config_precision.unread(config.precision)
+  return {
+    name: value
+    for name, value in flat.items()
+    if name not in _NOT_COMPARED and not name.startswith(unread)
+  }

@@ -1,5 +1,8 @@
 """The checks of `config.precision`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import ml_collections
 
 from dpc_jax.policy import dpc
@@ -48,10 +51,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _validate_widths(config, static)
   _validate_bounds(config)
   _validate_adaptive(config)
+  checks.check(
+    config,
+    "precision.pfq.stages",
+    precision.pfq.stages >= 2,
+    "must be at least 2",
+  )
   try:
     methods.make_schedule(precision, methods.Run(1, 1, {}, ()))
   except ValueError as error:
-    raise checks.ConfigError(f"config.precision: {error}") from None
+    own = methods.group(precision.method)
+    field = f"precision.{own}" if own else "precision"
+    raise checks.ConfigError(f"config.{field}: {error}") from None
 
 
 def _validate_widths(config, static) -> None:
@@ -77,6 +88,21 @@ def _validate_widths(config, static) -> None:
       or width <= precision.storage_bits,
       f"a width of {width} ({name}) does not fit; leave it out",
     )
+
+
+def unread(precision: Mapping[str, Any]) -> tuple[str, ...]:
+  """Beginnings of the fields, by path, that such a run does not look at.
+
+  Args:
+    precision: `config.precision`, or what a config.json holds of it.
+  """
+  names = {f"precision.{name}." for name in ("adaptive", "pfq")}
+  names.discard(f"precision.{methods.group(precision['method'])}.")
+  if precision.get("bounds") is None or not methods.has_bounds(
+    precision["method"]
+  ):
+    names |= {"precision.bounds_step", "precision.tau_"}
+  return tuple(sorted(names))
 
 
 def finds_bounds(config: ml_collections.ConfigDict) -> bool:

@@ -17,6 +17,7 @@ from dpc_jax.training import (
   build,
   checkpoint,
   config_precision,
+  methods,
   sharding,
   termination,
 )
@@ -41,8 +42,10 @@ def train_and_evaluate(
   """Trains one run to its end, from its newest checkpoint if there is one.
 
   A workdir holds `config.json`, `metrics.jsonl`, `bits.jsonl`, `checkpoints/`,
-  TensorBoard events and, when the run is finished, `summary.json`. Several
-  processes share it; the first one writes, and all save checkpoints.
+  TensorBoard events and, when the run is finished, `summary.json`; of an
+  adaptive run `signals.jsonl`, and of one that measures its bounds
+  `found_bounds.json`. Several processes share it; the first one writes, and
+  all save checkpoints.
 
   Args:
     config: see `configs/default.py`.
@@ -54,19 +57,21 @@ def train_and_evaluate(
 
   Raises:
     ConfigError: before anything is compiled, a mistake in the config, or a
-      workdir that holds another run.
+      workdir that holds another run; later only a threshold of
+      `precision.bounds` that no width reaches.
     DivergedError: the loss, or a number in the state, is no longer finite;
       no such state is ever saved.
   """
   workdir = pathlib.Path(workdir).expanduser()
-  parts = build.build(config)
-  config_lib.claim_workdir(parts.config, workdir)
-  done = summary_lib.read(workdir)
-  if done is not None:
-    if jax.process_index() == 0:
-      print(f"{workdir}: finished already; delete it to train again")
-    return done
+  # Building reads the data: a signal that comes meanwhile must not be lost.
   with termination.watch() as is_stopping:
+    parts = build.build(config)
+    config_lib.claim_workdir(parts.config, workdir)
+    done = summary_lib.read(workdir)
+    if done is not None:
+      if jax.process_index() == 0:
+        print(f"{workdir}: finished already; delete it to train again")
+      return done
     run = _Run(parts, workdir)
     try:
       return run.train(is_stopping)
@@ -229,6 +234,9 @@ class _Run:
     )
 
   def _find_bounds(self) -> None:
+    # A diverged run is no mistake of the thresholds.
+    if not self.is_finite(self.state):
+      self._fail("the state is not finite")
     found = auto_bounds.find(self.parts, self.state)
     self._advance_bits_log()
     self.state, bits = auto_bounds.restart(
@@ -240,6 +248,7 @@ class _Run:
       )
       auto_bounds.write(self.workdir, self.step, found)
     self.progress.note(auto_bounds.text(self.step, found))
+    self.watch.resume()
 
   def _check_finite(self, *, state: bool) -> None:
     """Raises if a metric, or with `state` the state, is not finite."""
@@ -365,16 +374,23 @@ class _Run:
       jax.device_get(state_lib.layer_bits(self.state)),
       summary_lib.read_lines(self.workdir),
     )
-    precision = self.parts.config.precision
-    found = auto_bounds.read(self.workdir) or precision
     summary |= {
-      "b_min": found["b_min"],
-      "b_max": found["b_max"],
+      **self._bounds(),
       "seconds": self.watch.seconds(),
       "compile_seconds": self.compile_seconds,
       "compile_count": self.compile_count,
     }
     return summary | summary_lib.environment(self.parts.mesh)
+
+  def _bounds(self) -> dict[str, int]:
+    """b_min and b_max of the run; {} of a method without bounds."""
+    config = self.parts.config
+    if not methods.has_bounds(config.precision.method):
+      return {}
+    bounds = config.precision
+    if config_precision.finds_bounds(config):
+      bounds = auto_bounds.read(self.workdir)
+    return {name: bounds[name] for name in ("b_min", "b_max")}
 
   def close(self) -> None:
     self.progress.close()

@@ -16,12 +16,14 @@ class Run(NamedTuple):
     steps_per_epoch: rounded.
     macs: {path: multiply-accumulates of one layer's forward pass}.
     jumps: steps at which the learning rate jumps.
+    seed: of the run.
   """
 
   steps: int
   steps_per_epoch: int
   macs: Mapping[str, int]
   jumps: tuple[int, ...]
+  seed: int = 0
 
 
 def names() -> tuple[str, ...]:
@@ -38,8 +40,17 @@ def is_known(method: str) -> bool:
 
 def static_width(method: str) -> int | None:
   """The width b of the method static<b>, or None for another method."""
-  match = re.fullmatch(r"static(\d+)", method)
+  match = re.fullmatch(r"static([1-9][0-9]*)", method)
   return int(match[1]) if match else None
+
+
+def group(method: str) -> str | None:
+  """The group of `config.precision` that is this method's own, or None."""
+  return {
+    "adaptive": "adaptive",
+    "adaptive_reversed": "adaptive",
+    "pfq": "pfq",
+  }.get(method)
 
 
 def has_bounds(method: str) -> bool:
@@ -87,7 +98,8 @@ def _random(precision, run):
     precision.b_min,
     precision.b_max,
     macs=run.macs,
-    seed=precision.seed,
+    # A draw for each run: seeds then show what the widths' draw makes.
+    seed=precision.seed + run.seed,
     **_equation(precision),
   )
 

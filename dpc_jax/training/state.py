@@ -8,6 +8,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dpc_jax.cost import bitops
@@ -42,7 +43,7 @@ class TrainState:
   cost: bitops.RunCost
   rng: jax.Array | None
   carry: Any = ()
-  loss: Any = math.nan
+  loss: Any = np.float32(math.nan)
 
 
 def schedule_inputs(

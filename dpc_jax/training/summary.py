@@ -14,6 +14,8 @@ from dpc_jax.training import build
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import metrics as metrics_lib
 
+# Moves of one step that the console names.
+_MOVES_SHOWN = 6
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -160,15 +162,23 @@ def moves_text(lines: list[dict[str, Any]]) -> list[str]:
   """Moves of `bits.jsonl` in words, a line for each step that has any."""
   texts = {}
   for line in lines:
-    old, new = (line[name][0] for name in ("old", "new"))
-    signal = ""
-    if isinstance(line.get("signal"), float):
-      signal = f" {line['signal']:+.2f}"
+    old, new = line["old"], line["new"]
+    # Of the operands the first that moves: the weights may be set.
+    i = next((i for i in range(3) if old[i] != new[i]), 0)
+    signal = line.get("signal")
+    why = line["reason"]
+    if isinstance(signal, float):
+      why += f" {signal:+.2f}"
     texts.setdefault(line["step"], []).append(
-      f"{line['path']} {old}->{new} ({line['reason']}{signal})"
+      f"{line['path']} {old[i]}->{new[i]} ({why})"
     )
   return [
-    f"bits from step {step}: {', '.join(moves)}"
+    f"bits from step {step}: {', '.join(moves[:_MOVES_SHOWN])}"
+    + (
+      f" and {len(moves) - _MOVES_SHOWN} more, in bits.jsonl"
+      if len(moves) > _MOVES_SHOWN
+      else ""
+    )
     for step, moves in texts.items()
   ]
 

@@ -31,9 +31,10 @@ def watch() -> Iterator[Callable[[int], bool]]:
 
   def hear(number, frame):
     signals.append(number)
-    if callable(before):
+    if getattr(before, "_is_watch", False):
       before(number, frame)
 
+  hear._is_watch = True
   signal.signal(signal.SIGTERM, hear)
   try:
     yield lambda step: bool(signals)

@@ -210,6 +210,70 @@ def test_holdout_out_of_range(holdout):
   _one_line(info)
 
 
+def test_train_size_is_balanced_nested_and_without_a_seed():
+  whole = sources.load("digits")
+  np.random.seed(1)
+  small = sources.load("digits", train_size=100)
+  np.random.seed(2)
+  large = sources.load("digits", train_size=700)
+  _check_form(large, {"train": 700, "test": 360})
+  kept = _image_set(large.splits["train"])
+  assert _image_set(small.splits["train"]) < kept
+  assert kept < _image_set(whole.splits["train"])
+  again = sources.load("digits", train_size=700)
+  np.testing.assert_array_equal(
+    large.splits["train"].images, again.splits["train"].images
+  )
+  np.testing.assert_array_equal(
+    large.splits["test"].images, whole.splits["test"].images
+  )
+  # The scale of the pixels is the whole set's.
+  assert (small.mean, small.std) == (whole.mean, whole.std)
+  shares = np.bincount(whole.splits["train"].labels) * 700 / 1437
+  np.testing.assert_allclose(
+    np.bincount(large.splits["train"].labels), shares, atol=1
+  )
+
+
+def test_train_size_is_taken_of_what_is_not_held_out():
+  held = sources.load("digits", holdout=300)
+  both = sources.load("digits", holdout=300, train_size=200)
+  _check_form(both, {"train": 200, "validation": 300, "test": 360})
+  np.testing.assert_array_equal(
+    both.splits["validation"].images, held.splits["validation"].images
+  )
+  trained = _image_set(both.splits["train"])
+  assert trained < _image_set(held.splits["train"])
+  assert not trained & _image_set(both.splits["validation"])
+  whole = sources.load("digits", holdout=300, train_size=1137)
+  np.testing.assert_array_equal(
+    whole.splits["train"].images, held.splits["train"].images
+  )
+
+
+@pytest.mark.parametrize("train_size", [-1, 0, 1138])
+def test_train_size_out_of_range(train_size):
+  with pytest.raises(ValueError, match=f"data.train_size={train_size}: ") as i:
+    sources.load("digits", holdout=300, train_size=train_size)
+  assert "use 1..1137, or leave it out" in _one_line(i)
+
+
+@pytest.mark.parametrize("name", ["ptb", "wikitext2", "wikitext103"])
+def test_text_is_read_whole(name):
+  with pytest.raises(ValueError, match=r"train_size=5: text is read") as info:
+    sources.load(name, train_size=5, fake=True)
+  _one_line(info)
+
+
+def test_a_part_of_imagenet():
+  whole = sources.load("imagenet2012", fake=True)
+  part = sources.load("imagenet2012", fake=True, train_size=5)
+  assert len(part.splits["train"]) == 5
+  assert len(part.splits["train"]) < len(whole.splits["train"])
+  for name in whole.splits.keys() - {"train"}:
+    assert len(part.splits[name]) == len(whole.splits[name])
+
+
 def test_known_names_are_the_papers_and_ours():
   assert sources.known() == (
     "cifar10",

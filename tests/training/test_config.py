@@ -15,6 +15,14 @@ from tests.training import tiny
 
 NAN = float("nan")
 
+CPT = {"precision.method": "cpt"}
+TEXT = {
+  "data.name": "ptb",
+  "data.fake": True,
+  "data.unroll": 5,
+  "model.name": "lstm_lm",
+}
+
 # (changes, what the message says)
 MISTAKES = [
   ({"steps": None}, "config.steps = None: set steps or epochs"),
@@ -56,6 +64,17 @@ MISTAKES = [
   ),
   ({"data.holdout": -1}, "data.holdout=-1 is negative"),
   ({"data.holdout": 1437}, "data.holdout=1437 leaves no training image"),
+  ({"data.train_size": 0}, "data.train_size=0: there are 1437 training images"),
+  ({"data.train_size": -5}, "data.train_size=-5: there are 1437 training"),
+  ({"data.train_size": 1438}, "data.train_size=1438: there are 1437 training"),
+  (
+    {"data.train_size": 1338, "data.holdout": 100},
+    "data.train_size=1338: there are 1337 training images; use 1..1337",
+  ),
+  (
+    {"data.train_size": 100, **TEXT},
+    "data.train_size=100: text is read whole; leave it out",
+  ),
   ({"model.name": "resnet9"}, "model.name = 'resnet9' is unknown; use one of"),
   ({"model.width": 0}, "config.model.width = 0: must be at least 1"),
   (
@@ -103,6 +122,85 @@ MISTAKES = [
   (
     {"precision.storage_bits": 8, "precision.activations": 32},
     "config.precision.storage_bits = 8: a width of 32 (activations)",
+  ),
+  (
+    {"precision.bounds": "found"},
+    "config.precision.bounds = 'found': use one of none, auto",
+  ),
+  (
+    {"precision.bounds_step": -1},
+    "config.precision.bounds_step = -1: must not be negative",
+  ),
+  (
+    {"precision.bounds": "auto", "precision.bounds_step": 6},
+    "config.precision.bounds_step = 6: must come before the end of the run, 6",
+  ),
+  (
+    {"precision.bounds": "auto", "steps": None, "epochs": 1.0},
+    "config.precision.bounds_step = 100: must come before the end of the run",
+  ),
+  ({"precision.tau_min": 0.0}, "config.precision.tau_min = 0.0: must be in (0"),
+  ({"precision.tau_min": NAN}, "config.precision.tau_min = nan: must be in"),
+  ({"precision.tau_max": 1.01}, "config.precision.tau_max = 1.01: must be in"),
+  (
+    {"precision.tau_min": 0.9, "precision.tau_max": 0.8},
+    "config.precision.tau_min = 0.9: must not be above tau_max, 0.8",
+  ),
+  ({**CPT, "precision.cycles": 0}, "config.precision: cycles=0 is out of"),
+  ({**CPT, "precision.cycles": -2}, "config.precision: cycles=-2 is out of"),
+  (
+    {"precision.method": "random", "precision.seed": -1},
+    "config.precision: seed=-1 is out of range",
+  ),
+  *(
+    (
+      {"precision.method": "adaptive", f"precision.adaptive.{name}": value},
+      f"config.precision.adaptive: {name} = {value!r}",
+    )
+    for name, value in (
+      ("warmup", 0),
+      ("patience", 0),
+      ("threshold", -0.1),
+      ("threshold", math.inf),
+      ("threshold", NAN),
+      ("freeze", 0.0),
+      ("freeze", 1.1),
+      ("signal", "norm"),
+      ("budget", 0.0),
+      ("budget", 1.5),
+      ("budget", NAN),
+    )
+  ),
+  (
+    # Below what it costs at the start.
+    {"precision.method": "adaptive", "precision.adaptive.budget": 0.1},
+    "config.precision: budget = 0.1",
+  ),
+  *(
+    (
+      {f"precision.adaptive.{name}": value},
+      f"config.precision.adaptive.{name} = {value!r}: ",
+    )
+    for name, value in (
+      ("memory", "norm"),
+      ("decay", 0.0),
+      ("decay", 1.0),
+      ("decay", NAN),
+      ("average", 0.0),
+      ("average", 1.0),
+    )
+  ),
+  *(
+    ({"precision.method": "pfq", f"precision.pfq.{name}": value}, message)
+    for name, value, message in (
+      ("stages", 0, "config.precision.pfq.stages = 0: must be at least 2"),
+      ("stages", 1, "config.precision.pfq.stages = 1: must be at least 2"),
+      ("window", 1, "config.precision.pfq: window=1 is out of range"),
+      ("threshold", 0.0, "config.precision.pfq: threshold=0.0 is out of range"),
+      ("threshold", NAN, "config.precision.pfq: threshold=nan is out of range"),
+      ("decay", 0.0, "config.precision.pfq: decay=0.0 is out of range"),
+      ("decay", 1.1, "config.precision.pfq: decay=1.1 is out of range"),
+    )
   ),
   (
     {"optimizer.name": "lamb"},
@@ -159,6 +257,15 @@ def test_a_mistake_is_one_line(changes, message, digits):
 def test_what_is_no_mistake(digits):
   for changes in (
     {"precision.method": "float", "precision.storage_bits": 8},
+    {"precision.bounds": "auto", "precision.bounds_step": 5},
+    {"precision.bounds_step": 6},
+    {"precision.tau_min": 0.99, "precision.tau_max": 0.99},
+    {"precision.method": "adaptive", "precision.adaptive.freeze": 1.0},
+    {"precision.method": "adaptive", "precision.adaptive.threshold": 0.0},
+    {"precision.method": "adaptive", "precision.adaptive.budget": 1.0},
+    {"precision.method": "adaptive", "precision.adaptive.memory": "sketch"},
+    {"precision.method": "pfq", "precision.pfq.stages": 2},
+    {**CPT, "precision.cycles": 100},
     {"precision.storage_bits": 8},
     {"precision.weights": 32, "precision.activations": 32},
     {"precision.method": "static16"},

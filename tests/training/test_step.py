@@ -293,3 +293,36 @@ def test_a_model_that_does_not_say_needs_a_key():
   train_step(state, make_batch())
   with pytest.raises(ValueError, match=r"state\.rng = None: stochastic"):
     train_step(state.replace(rng=None), make_batch())
+
+
+def listening(steps):
+  """A schedule that keeps the losses that it is told."""
+
+  def init(capacities):
+    bits = {path: grids.LayerBits(4, 4, 8) for path in capacities}
+    return {
+      "bits": jax.tree.map(jnp.int32, bits),
+      "losses": jnp.zeros(steps, jnp.float32),
+    }
+
+  def update(state, *, step, statistics=None, loss):
+    del statistics
+    losses = state["losses"].at[step].set(loss)
+    return state["bits"], state | {"losses": losses}
+
+  return schedules.Schedule(init, update, needs=("loss",), moves=list)
+
+
+def test_a_schedule_hears_the_loss_of_the_step_before():
+  init, train_step, _ = make(schedule=listening(4))
+  step = jax.jit(train_step)
+  state = init(jax.random.key(0))
+  means = []
+  for i in range(4):
+    state, metrics = step(state, make_batch(seed=i))
+    means.append(float(metrics.loss / metrics.count))
+    assert state.loss == means[-1]
+  heard = np.asarray(state.schedule_state["losses"])
+  assert np.isnan(heard[0])
+  np.testing.assert_array_equal(heard[1:], means[:-1])
+  assert len(set(means)) == 4

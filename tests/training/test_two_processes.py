@@ -16,6 +16,7 @@ from tests.training import tiny, two_processes
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 DEADLINE_S = 240
+OPERANDS = ("weights", "activations", "gradients")
 
 
 def free_port():
@@ -64,7 +65,7 @@ def together(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("two")
   processes = start(workdir)
   try:
-    wait_for(workdir, processes, "step 3/1000000")
+    wait_for(workdir, processes, "step 9/20000")
     processes[1].send_signal(signal.SIGTERM)
     codes = [p.wait(DEADLINE_S) for p in processes]
   finally:
@@ -101,6 +102,25 @@ def test_as_one_process(method, together, tmp_path):
   there = loop.summary_lib.read(together / method)
   for key in ("gbitops", "bits", "mean_bits", "config_hash", "layers"):
     assert there[key] == summary[key]
+
+
+def test_both_decide_alike(together):
+  """Of the moves of adaptive bits, and of all that they were made by."""
+  first, second = (
+    dict(np.load(together / f"state-{index}.npz")) for index in range(2)
+  )
+  assert any(".opt_state" in name for name in first)
+  tiny.assert_same(first, second)
+  lines = tiny.read_lines(together / "endless" / "bits.jsonl")
+  moves = [line for line in lines if line["step"] > 0]
+  assert moves
+  assert all(x["step"] >= 4 and x["step"] % 2 == 0 for x in moves)
+  # One writer: every move once, and the last ones are in the state.
+  keys = [(line["step"], line["path"]) for line in lines]
+  assert len(keys) == len(set(keys))
+  for path, widths in {x["path"]: x["new"] for x in lines}.items():
+    layer = f".model_state['precision']['{path}']"
+    assert [int(first[f"{layer}['{name}']"]) for name in OPERANDS] == widths
 
 
 def test_text_as_one_process(together, tmp_path):

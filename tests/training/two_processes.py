@@ -1,15 +1,18 @@
 """One process of several: python -m tests.training.two_processes ...
 
 Arguments: address of the coordinator, processes, index of this one, workdir.
-Trains a float run, a DPC run, an LSTM, and one that only SIGTERM ends.
+Trains a float run, a DPC run, an LSTM, and an adaptive run that only SIGTERM
+ends.
 """
 
 import pathlib
 import sys
 
 import jax
+import numpy as np
 
-from dpc_jax.training import loop, metrics
+from dpc_jax.training import build, loop, metrics, termination
+from dpc_jax.training import config as config_lib
 from tests.training import tiny
 
 DEVICES_PER_PROCESS = 2
@@ -47,6 +50,39 @@ def make_text_config():
   )
 
 
+def make_endless_config():
+  """Adaptive, with decisions at the steps 2 (the reference), 4, 6, ..."""
+  return make_config(
+    "adaptive",
+    **{
+      "steps": 20_000,
+      "checkpoint_every": 10**6,
+      "eval_every": 10**6,
+      "data.train_size": 64,
+      "precision.adaptive.signal": "variance",
+      "precision.adaptive.warmup": 1,
+      "precision.adaptive.patience": 1,
+      "precision.adaptive.threshold": 0.0,
+      "precision.adaptive.freeze": 1.0,
+    },
+  )
+
+
+def train_endlessly(workdir: pathlib.Path, index: str) -> dict | None:
+  """Leaves this process's share of the last state in `state-INDEX.npz`."""
+  with termination.watch() as is_stopping:
+    parts = build.build(make_endless_config())
+    config_lib.claim_workdir(parts.config, workdir / "endless")
+    run = loop._Run(parts, workdir / "endless")
+    try:
+      summary = run.train(is_stopping)
+    finally:
+      run.close()
+  state = tiny.leaves(run.state)
+  np.savez(workdir / f"state-{index}.npz", **state)
+  return summary
+
+
 def main() -> None:
   """Joins the others, then trains."""
   address, count, index, workdir = sys.argv[1:]
@@ -62,11 +98,7 @@ def main() -> None:
     if summary["steps"] != 6:
       raise ValueError(f"steps = {summary['steps']} in the summary")
   loop.train_and_evaluate(make_text_config(), workdir / "text")
-  endless = make_config(
-    "dpc",
-    **{"steps": 1_000_000, "checkpoint_every": 10**6, "eval_every": 10**6},
-  )
-  summary = loop.train_and_evaluate(endless, workdir / "endless")
+  summary = train_endlessly(workdir, index)
   print(f"process {index} of {jax.process_count()} stopped: {summary}")
   sys.stdout.flush()
 
