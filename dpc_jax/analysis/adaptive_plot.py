@@ -35,8 +35,7 @@ def bits_over_time(
   Raises:
     ValueError: no signals, or no first widths.
   """
-  # Late and local, as in `plots`.
-  from matplotlib.figure import Figure
+  from matplotlib.figure import Figure  # late and local, as in `plots`
 
   if not signals:
     raise ValueError("signals: none; the run has taken no decision yet")

@@ -122,14 +122,12 @@ def track_gradient_statistics(
 
   Sums are float32 whatever the gradients are. A step with a gradient that is
   not finite, or whose squared norm exceeds 1e38, is counted as skipped and
-  changes nothing else. Under jit with sharded gradients the statistics are
-  those of the whole gradient, the same on every device; inside `shard_map` or
-  `pmap` average the gradients over devices first.
+  changes nothing else. With sharded gradients the statistics are those of the
+  whole, the same on every device; inside `shard_map` average them first.
 
   Args:
-    decay: of the moving average, in (0, 1); 1 - 1/n looks back on about n
-      steps. Under `optax.inject_hyperparams`, with `hyperparam_dtype` float32,
-      it may change from step to step.
+    decay: of the moving average, in (0, 1); 1 - 1/n looks back on n steps. It
+      may be injected, as optax does, with `hyperparam_dtype` float32.
     memory: "full", "sketch" or "norm", what is kept of the mean gradient; the
       module's docstring says what each costs and gives.
     capacities: the layers to track, {path: N_k} as `layer_capacities` gives
