@@ -6,6 +6,8 @@ import pathlib
 import jax
 import pytest
 
+from tests import compiling
+
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
@@ -26,6 +28,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # On GPUs float32 products default to TF32, which no tolerance here allows.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def fast_compiler():
+  """For tests that do not look at rounding; see `compiling`."""
+  with compiling.fast():
+    yield
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 
 from configs import digits_resnet8, ptb_lstm_tiny
 from experiments.bench import step
+from tests import compiling
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +14,8 @@ def results():
   config = digits_resnet8.get_config()
   config.batch_size = 16
   config.model.width = 4
-  return step.measure(config, rounds=4, steps=1)
+  with compiling.fast():
+    return step.measure(config, rounds=4, steps=1)
 
 
 def test_all_variants_are_measured(results):
@@ -55,6 +57,7 @@ def test_each_variant_is_what_its_label_says():
   assert list(step.variants(config)) == ["float", "static10", "dpc"]
 
 
+@pytest.mark.usefixtures("fast_compiler")
 def test_text_is_counted_in_tokens():
   config = ptb_lstm_tiny.get_config("dpc,smoke")
   results = step.measure(config, rounds=2, steps=1)

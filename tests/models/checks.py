@@ -28,6 +28,7 @@ import numpy as np
 
 from dpc_jax.models import stacking
 from dpc_jax.quant import grids, precision
+from tests import compiling
 
 # Updated by a training step, where a model has them.
 STATISTICS = ("batch_stats", "quant_stats")
@@ -35,8 +36,6 @@ KEY = jax.random.key(1)
 # Its gradient is 0 but for rounding: a term common to all keys moves every
 # logit of a query alike, which the softmax does not see.
 WITHOUT_GRADIENT = "['attention']['key']['bias']"
-# For what is called once or twice: to compile it well takes longer.
-FAST = {"xla_backend_optimization_level": 0}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,7 +85,7 @@ def initial(case: Case, model: nn.Module) -> dict[str, Any]:
   """Initial variables; the same for equal models."""
   # Threefry's initial values would take longer to compile than all else.
   key = jax.random.key(0, impl="rbg")
-  init = jax.jit(model.init, compiler_options=FAST)
+  init = jax.jit(model.init, compiler_options=compiling.FAST)
   return init(key, *case.inputs(case.batch))
 
 
@@ -167,7 +166,7 @@ def check_batch_of_one(case: Case, **sizes: Any) -> None:
   """A training step on a single sample is finite."""
   model = case.build(**sizes)
   lowered = step.lower(case, model, initial(case, model), case.inputs(1), KEY)
-  compiled = lowered.compile(FAST)
+  compiled = lowered.compile(compiling.FAST)
   assert_finite(compiled(initial(case, model), case.inputs(1), KEY))
 
 

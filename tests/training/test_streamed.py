@@ -7,7 +7,10 @@ import pytest
 from dpc_jax.data import imagenet
 from dpc_jax.training import build, feed, loop
 from dpc_jax.training import config as config_lib
+from tests import compiling
 from tests.training import tiny
+
+pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 
 def make_config(**changes):
@@ -34,7 +37,8 @@ def tiny_in_the_table():
 def whole(tmp_path_factory):
   """An undisturbed run, decoded in threads, and its summary."""
   workdir = tmp_path_factory.mktemp("whole")
-  return workdir, loop.train_and_evaluate(make_config(), workdir)
+  with compiling.fast():
+    return workdir, loop.train_and_evaluate(make_config(), workdir)
 
 
 def test_workers_and_a_stop_change_nothing(whole, tmp_path):

@@ -11,6 +11,7 @@ from dpc_jax.data import sources
 from dpc_jax.training import build, loop, sharding
 from tests.training import tiny
 
+pytestmark = pytest.mark.usefixtures("fast_compiler")
 LSTM = {
   "data.name": "ptb",
   "data.fake": True,

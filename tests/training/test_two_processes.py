@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from dpc_jax.training import loop
+from tests import compiling
 from tests.training import tiny, two_processes
 
+pytestmark = pytest.mark.usefixtures("fast_compiler")
 ROOT = pathlib.Path(__file__).parent.parent.parent
 DEADLINE_S = 240
 OPERANDS = ("weights", "activations", "gradients")
@@ -41,7 +43,11 @@ def start(workdir):
           cwd=ROOT,
           stdout=file,
           stderr=subprocess.STDOUT,
-          env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+          env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": compiling.FLAGS,
+          },
         )
       )
   return processes
