@@ -227,6 +227,9 @@ def test_train_size_is_balanced_nested_and_without_a_seed():
   np.testing.assert_array_equal(
     large.splits["test"].images, whole.splits["test"].images
   )
+  # By the rule of the hold-out.
+  held = sources.load("digits", holdout=700)
+  assert kept == _image_set(held.splits["validation"])
   # The scale of the pixels is the whole set's.
   assert (small.mean, small.std) == (whole.mean, whole.std)
   shares = np.bincount(whole.splits["train"].labels) * 700 / 1437

@@ -69,7 +69,7 @@ MISTAKES = [
   (["--config=configs", "--workdir=W"], "there is no file configs"),
   (
     ["--config=configs/digits_resnet8.py:dcp", "--workdir=W"],
-    "config.precision.method = 'dcp': use one of float, dpc, static<b>",
+    "config.precision.method = 'dcp': use one of float, static<b>, dpc",
   ),
   (
     ["--config=configs/digits_resnet8.py:static99", "--workdir=W"],

@@ -113,7 +113,7 @@ def test_within_bounds(counts, bounds, center, delta):
   bits = dpc.dpc_bit_widths(counts, *bounds, center=center, delta=delta)
   assert all(bounds[0] <= b <= bounds[1] for b in bits)
   # Not thanks to the clip: Eq. 1 itself stays inside.
-  term = dpc._log_term(np.array(counts, float), center, "base")
+  term = dpc.log_term(np.array(counts, float), center, "base")
   assert np.abs(term).max() == (len(set(counts)) > 1)
 
 
