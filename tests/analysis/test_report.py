@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpc_jax.analysis import comparison, report
+from dpc_jax.analysis import cells, comparison, report
 
 
 def summary(accuracy=0.98611, **changes):
@@ -215,3 +215,34 @@ def test_different_machines_are_all_named():
   runs = grid(dpc=[0.8, 0.9])
   runs["dpc"][1]["device"] = "8 x TPU v4"
   assert "on 1 x cpu and 8 x TPU v4;" in text(runs)
+
+
+def test_cells_of_costs_and_p_values():
+  by_method = {
+    m.method: m
+    for m in comparison.compare(
+      one(
+        static8=summary(saving_vs_static=0.0),
+        cheap=summary(saving_vs_static=0.25),
+        dear=summary(saving_vs_static=-0.5),
+      ),
+      b_max=8,
+    ).methods
+  }
+  assert cells.cost(by_method["static8"])[1] == "0.0%"
+  assert cells.cost(by_method["cheap"])[1] == "25.0%"
+  assert cells.cost(by_method["dear"])[1] == "none (1.5x)"
+  texts = [cells.p_value(p) for p in (None, 0.0009, 0.001, 0.005, 1.0)]
+  assert texts == ["-", "<0.001", "0.001", "0.005", "1.000"]
+
+
+def test_seconds_are_each_methods_own():
+  text = report.short(
+    comparison.compare(
+      one(static8=summary(seconds=11.0), dpc=summary(seconds=22.0)), b_max=8
+    )
+  )
+  rows = {
+    line.split()[0]: line.split()[-1] for line in text.splitlines() if line
+  }
+  assert (rows["static8"], rows["dpc"]) == ("11", "22")

@@ -224,6 +224,18 @@ def test_sigterm_stops_the_grid(run, trained, tmp_path):
   assert out.count("finished already") == 1
 
 
+def test_a_signal_between_runs_stops_the_grid(trained, tmp_path):
+  cells = compare.grid(tiny.make_config(), ["static8", "dpc"], 1)
+  asked = []
+
+  def is_stopping(step):
+    asked.append(step)
+    return len(asked) == 2
+
+  assert compare.train(cells, tmp_path, is_stopping) is None
+  assert trained.calls == [("static8", 0)]
+
+
 def test_all_methods_of_a_seed_come_before_the_next_seed(run, trained):
   run("static8", "dpc", seeds=2, seed=5)
   assert trained.calls == [

@@ -220,3 +220,22 @@ def test_thresholds_out_of_reach_end_the_run_in_one_line(tmp_path):
   assert "\n" not in message
   assert not (tmp_path / "summary.json").exists()
   assert not (tmp_path / "found_bounds.json").exists()
+
+
+@pytest.mark.parametrize(("step", "epochs"), [(0, 0), (3, 1), (4, 1), (9, 3)])
+def test_the_reference_waits_for_gradients_at_the_new_widths(step, epochs):
+  parts = build.build(
+    make_config("adaptive", **{"precision.bounds_step": step})
+  )
+  settings = parts.schedule_state(3, 8).settings
+  assert int(settings.warmup) == 1 + epochs
+  assert (int(settings.low), int(settings.high)) == (3, 8)
+
+
+def test_a_budget_is_of_what_comes_after_the_bounds():
+  parts = build.build(
+    make_config("adaptive", **{"precision.adaptive.budget": 0.9})
+  )
+  assert float(parts.schedule_state(3, 8).settings.budget) == pytest.approx(
+    0.9, abs=1e-4
+  )
