@@ -232,7 +232,7 @@ def _config_of(
       )
   # Where the data lies and how many devices there are is this machine's.
   own.data.dir, own.data.workers = config.data.dir, config.data.workers
-  own.mesh.data = 1
+  own.mesh.update(data=1, fsdp=1, tensor=1, sharding=None, rules=None)
   return own
 
 

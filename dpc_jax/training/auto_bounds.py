@@ -8,7 +8,7 @@ import jax
 
 from dpc_jax.policy import bounds
 from dpc_jax.quant import grids
-from dpc_jax.training import build
+from dpc_jax.training import build, sharding
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import state as state_lib
 
@@ -24,9 +24,11 @@ def find(
     ConfigError: no width reaches a threshold.
   """
   precision = parts.config.precision
+  # Whole on every process, where they are split over the mesh.
+  whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(parts.mesh))
   try:
     return bounds.precision_bounds(
-      {"params": state.params, **state.model_state},
+      {"params": whole(state.params), **state.model_state},
       tau_min=precision.tau_min,
       tau_max=precision.tau_max,
       widths=range(grids.MIN_WIDTH, precision.b_max + 1),

@@ -21,6 +21,7 @@ from dpc_jax.training import (
   checkpoint,
   config_precision,
   methods,
+  partition,
   sharding,
   tasks,
 )
@@ -40,6 +41,7 @@ class Parts(NamedTuple):
     feed: its batches.
     task: what the steps do with them.
     mesh: of the devices.
+    partition: {path of a parameter: PartitionSpec over the mesh}.
     model: with or without quantization.
     optimizer: of its parameters.
     schedule: of its widths; empty for a float model.
@@ -56,6 +58,7 @@ class Parts(NamedTuple):
   feed: feed_lib.Feed
   task: tasks.Task
   mesh: Mesh
+  partition: partition.Specs
   model: nn.Module
   optimizer: optax.GradientTransformation
   schedule: schedules.Schedule
@@ -100,20 +103,23 @@ def build(
     ConfigError: one line that names the field, its value and the remedy.
   """
   config_lib.validate(config)
-  mesh = sharding.make_mesh(config.mesh.data)
+  mesh = sharding.make_mesh(
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+  )
   _check_kind(config)
   with _as_config_error("config.model"):
     model = make_model(config, num_classes=1)
   data = _load(config) if data is None else data
   feed_lib.check_fields(config, data)
-  devices = mesh.shape["data"]
+  row_parts = sharding.batch_parts(mesh)
   with _as_config_error("config.data"):
     rows = feed_lib.rows_per_epoch(config, data)
-  config = config_lib.resolve(config, rows, devices)
+  config = config_lib.resolve(config, rows, row_parts)
   with _as_config_error("config.model"):
     model = make_model(config, num_classes=data.num_classes)
   with _as_config_error("config.data"):
-    feed = feed_lib.make_feed(config, data, devices)
+    reader = sharding.rows_of_process(mesh)
+    feed = feed_lib.make_feed(config, data, row_parts, reader)
   task = feed_lib.make_task(config, data, model)
   costs = macs.layer_costs(model, feed.sample)
   run = _describe(config, rows, costs)
@@ -124,13 +130,19 @@ def build(
   with _as_config_error("config.model"):
     init = state_lib.make_init(model, optimizer, schedule, feed.sample, carry)
   with _as_config_error("config.precision"):
-    jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(init, jax.random.key(0))
   return Parts(
     config=config,
     data=data,
     feed=feed,
     task=task,
     mesh=mesh,
+    partition=partition.partition(
+      shapes.params,
+      mesh,
+      preset=config.mesh.sharding,
+      rules=config.mesh.rules or (),
+    ),
     model=model,
     optimizer=optimizer,
     schedule=schedule,
@@ -175,6 +187,7 @@ def make_model(
       activations=grids.Grid(kind),
       gradients=grids.Grid(kind, rounding="stochastic"),
       storage_bits=config.precision.storage_bits,
+      ranges=config.precision.ranges,
     )
   sizes = {
     name: value
@@ -263,11 +276,12 @@ def compile_programs(parts: Parts) -> Programs:
   replicated, batched = sharding.replicated(mesh), sharding.batch(mesh)
   key = jax.random.key(config.seed)
   shapes = jax.eval_shape(parts.init, key)
-  shardings = sharding.of_state(shapes, mesh)
+  shardings = sharding.of_state(shapes, mesh, parts.partition)
+  gather = sharding.make_gather(mesh, parts.partition)
   abstract = checkpoint.abstract_state(shapes, shardings)
   traces = [0]
   train_step = step_lib.make_train_step(
-    parts.model, parts.optimizer, parts.schedule, task
+    parts.model, parts.optimizer, parts.schedule, task, gather
   )
 
   def counted(state, batch):
@@ -279,7 +293,7 @@ def compile_programs(parts: Parts) -> Programs:
       next(iter(parts.feed.eval_batch.values())).shape[0]
     )
 
-  eval_step = step_lib.make_eval_step(parts.model, task, parts.schedule)
+  eval_step = step_lib.make_eval_step(parts.model, task, parts.schedule, gather)
   rows, eval_rows, carry = (
     checkpoint.abstract_state(tree, jax.tree.map(lambda _: batched, tree))
     for tree in (

@@ -119,27 +119,33 @@ def rows_per_epoch(config: ml_collections.ConfigDict, data: Data) -> int:
 
 
 def make_feed(
-  config: ml_collections.ConfigDict, data: Data, devices: int
+  config: ml_collections.ConfigDict,
+  data: Data,
+  parts: int,
+  reader: tuple[int | None, int | None] = (None, None),
 ) -> Feed:
   """The feed of a resolved config.
 
   Args:
     config: of the run.
     data: loaded.
-    devices: on the mesh's data axis; an evaluation batch is filled up to a
-      multiple of it.
+    parts: that a batch's rows are split into; an evaluation batch is filled up
+      to a multiple of it.
+    reader: (i, n): this process reads the i-th of n equal parts of each batch;
+      None takes `jax.process_index()` and `jax.process_count()`.
 
   Raises:
     ValueError, ModuleNotFoundError: what a split cannot give: more rows than
       it has tokens, for instance.
   """
-  eval_rows = -(-config.eval_batch_size // devices) * devices
+  eval_rows = -(-config.eval_batch_size // parts) * parts
+  reader = dict(zip(("process_index", "process_count"), reader, strict=True))
   if isinstance(data, corpus.TextData):
-    return _text_feed(config, data, eval_rows, devices)
-  return _image_feed(config, data, eval_rows)
+    return _text_feed(config, data, eval_rows, parts, reader)
+  return _image_feed(config, data, eval_rows, reader)
 
 
-def _text_feed(config, data, eval_rows, devices) -> Feed:
+def _text_feed(config, data, eval_rows, parts, reader) -> Feed:
   def evaluate(split):
     return token_batches.eval_batches(
       data.splits[split],
@@ -148,7 +154,8 @@ def _text_feed(config, data, eval_rows, devices) -> Feed:
       # the devices.
       rows=config.eval_batch_size,
       unroll=config.data.unroll,
-      multiple=devices,
+      multiple=parts,
+      **reader,
     )
 
   for split in data.splits.keys() - {"train"}:
@@ -164,17 +171,17 @@ def _text_feed(config, data, eval_rows, devices) -> Feed:
     rows_per_epoch=rows_per_epoch(config, data),
     train_batch=_text_batch(config.batch_size, config.data.unroll),
     eval_batch=_text_batch(eval_rows, config.data.unroll),
-    train=_token_batches(config, data).iterate,
+    train=_token_batches(config, data, **reader).iterate,
     evaluate=evaluate,
   )
 
 
-def _image_feed(config, data, eval_rows) -> Feed:
+def _image_feed(config, data, eval_rows, reader) -> Feed:
   shape = _image_shape(config, data)
-  module, options, workers = pipeline, {}, {}
+  module, options, workers = pipeline, dict(reader), {}
   if isinstance(data, imagenet.StreamedImages):
     module = imagenet
-    options = {"image_size": shape[0]}
+    options["image_size"] = shape[0]
     workers = {"workers": config.data.workers}
   batches = module.TrainBatches(
     data.splits["train"],
@@ -196,12 +203,13 @@ def _image_feed(config, data, eval_rows) -> Feed:
   )
 
 
-def _token_batches(config, data):
+def _token_batches(config, data, **reader):
   return token_batches.TrainBatches(
     data.splits["train"],
     eos=data.eos,
     batch_size=config.batch_size,
     unroll=config.data.unroll,
+    **reader,
   )
 
 

@@ -1,0 +1,157 @@
+"""Runs that differ in their devices and processes alone.
+
+As a program it is one process of several:
+python -m tests.training.topologies ADDRESS PROCESSES INDEX WORKDIR
+"""
+
+import pathlib
+import sys
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+import dpc_jax as dpc
+from dpc_jax import models
+from dpc_jax.quant import grids
+from dpc_jax.training import build, loop, metrics, sharding
+from dpc_jax.training import step as step_lib
+from tests import compiling
+from tests.training import tiny
+
+DEVICES = 8
+STEPS = 50
+SAVED = 20  # the step that another topology goes on from
+CASES = {
+  "float": {"precision.method": "float"},
+  "width 32": {
+    "precision.weights": 32,
+    "precision.activations": 32,
+    "precision.gradients": 32,
+  },
+  "dpc": {},
+}
+MESHES = {
+  "data": {"mesh.data": 8},
+  "fsdp": {"mesh.data": 1, "mesh.fsdp": 8},
+  "data and fsdp": {"mesh.data": 2, "mesh.fsdp": 4},
+}
+
+
+class Noisy(nn.Module):
+  """Convolutions, batch normalization and dropout, wide enough to split."""
+
+  num_classes: int
+  quantization: grids.Quantization | None = grids.Quantization()
+  width: int = 24
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    conv = nn.Conv
+    arguments = {"padding": ((1, 1), (1, 1)), "use_bias": False}
+    if self.quantization is not None:
+      conv = dpc.QuantConv
+      arguments["quantization"] = self.quantization
+    x = conv(self.width, (3, 3), strides=(2, 2), name="first", **arguments)(x)
+    x = nn.relu(nn.BatchNorm(not train, momentum=0.9, name="norm1")(x))
+    x = nn.Dropout(0.2, deterministic=not train)(x)
+    x = conv(2 * self.width, (3, 3), name="second", **arguments)(x)
+    x = nn.relu(nn.BatchNorm(not train, momentum=0.9, name="norm2")(x))
+    return nn.Dense(self.num_classes, name="classifier")(x.mean((1, 2)))
+
+
+def register() -> None:
+  """Makes it a model of the table, `noisy`."""
+  models._CONSTRUCTORS["noisy"] = Noisy
+
+
+def make_config(case: str, mesh: dict[str, int]):
+  """Of a case of `CASES`, or a method, on a mesh."""
+  method = "dpc" if case in CASES else case
+  return tiny.make_config(
+    method,
+    **{
+      "model.name": "noisy",
+      "steps": STEPS,
+      "batch_size": 32,
+      "data.augment": True,
+      "optimizer.learning_rate": 0.1,
+      "checkpoint_every": SAVED,
+      "eval_every": STEPS,
+      "log_every": 1,
+      **CASES.get(case, {}),
+      **mesh,
+    },
+  )
+
+
+def train(config, rounding: int | None = None):
+  """{leaf or "losses": array}, after all steps, and after the first one.
+
+  Args:
+    config: of the run.
+    rounding: another seed of stochastic rounding, and of nothing else.
+  """
+  keys = step_lib._rngs
+
+  def other_keys(*args):
+    rngs = keys(*args)
+    return rngs | {"quant": jax.random.fold_in(rngs["quant"], rounding)}
+
+  with compiling.fast():
+    parts = build.build(config)
+    if rounding is not None:
+      step_lib._rngs = other_keys
+    try:
+      programs = build.compile_programs(parts)
+    finally:
+      step_lib._rngs = keys
+    state, losses, first = programs.init(), [], None
+    batches = parts.feed.train(0, config.steps)
+    for rows in batches:
+      state, sums = programs.train_step(
+        state, sharding.put_batch(rows, parts.mesh)
+      )
+      sums = jax.device_get(sums)  # see sharding.steps_ahead
+      losses.append(sums.loss / sums.count)
+      if first is None:
+        first = whole(state, parts.mesh)
+    batches.close()
+    last = whole(state, parts.mesh)
+  return last | {"losses": np.array(losses)}, first
+
+
+def whole(state, mesh):
+  """{leaf: array}, of leaves that may be split over processes."""
+  copy = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
+  return tiny.leaves(copy(state))
+
+
+def main() -> None:
+  """Joins the others, trains each case, leaves `CASE-MESH-INDEX.npz`."""
+  address, count, index, workdir = sys.argv[1:]
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", DEVICES // int(count))
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(address, int(count), int(index))
+  register()
+  metrics._event_writer = lambda workdir: None
+  workdir = pathlib.Path(workdir)
+  for case in CASES:
+    last, first = train(make_config(case, MESHES["data"]))
+    np.savez(workdir / f"{case}-data-{index}.npz", **last)
+    np.savez(workdir / f"{case}-data-{index}-first.npz", **first)
+  # Once more, and once with split parameters.
+  for name, mesh in (("again", "data"), ("fsdp", "fsdp")):
+    last, _ = train(make_config("dpc", MESHES[mesh]))
+    np.savez(workdir / f"dpc-{name}-{index}.npz", **last)
+  with compiling.fast():
+    run = make_config("dpc", MESHES["data"])
+    loop.train_and_evaluate(run, workdir / "run")
+    # What one process left, several go on from, and split it over fsdp.
+    run = make_config("dpc", MESHES["fsdp"])
+    loop.train_and_evaluate(run, workdir / "resumed")
+
+
+if __name__ == "__main__":
+  main()
