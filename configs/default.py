@@ -29,6 +29,11 @@ def get_config(argument: str = "dpc") -> ml_collections.ConfigDict:
   config.log_every = 100  # steps
   config.checkpoint_every = 1_000  # steps; the last step is always saved
   config.keep_checkpoints = 2  # the newest ones
+  # With a validation split, the best one by it, too; the test set chooses none.
+  config.keep_best = True
+  # A step whose loss or gradient is not finite is skipped; after so many in a
+  # row the run stops. None: it stops after the first.
+  config.max_skipped = 10
   # Precision of float32 products: "default" (TF32 on recent GPUs), "high",
   # "highest"; none leaves JAX's own setting.
   config.matmul_precision = config_dict.placeholder(str)
@@ -36,10 +41,7 @@ def get_config(argument: str = "dpc") -> ml_collections.ConfigDict:
   config.model = _model()
   config.precision = _precision(_parse(argument)[0])
   config.optimizer = _optimizer()
-  config.mesh = mesh = ml_collections.ConfigDict()
-  mesh.data = config_dict.placeholder(int)  # none: all devices
-  mesh.fsdp = 1  # only 1 so far: parameters are replicated
-  mesh.tensor = 1  # only 1 so far
+  config.mesh = _mesh()
   return config
 
 
@@ -83,6 +85,23 @@ def _parse(argument: str) -> tuple[str, bool]:
       f"{argument!r}: after the colon use METHOD or METHOD,smoke"
     )
   return method, variant == "smoke"
+
+
+def _mesh() -> ml_collections.ConfigDict:
+  """How the run is spread over devices; another start may choose otherwise."""
+  mesh = ml_collections.ConfigDict()
+  # Devices per axis. The batch is split over data and fsdp, parameters over
+  # fsdp and tensor. A None, which data has by default, is the rest.
+  mesh.data = config_dict.placeholder(int)
+  mesh.fsdp = 1
+  mesh.tensor = 1
+  # replicated, fsdp, fsdp+tensor (transformers); none: what uses all axes. See
+  # dpc_jax/training/partition.py.
+  mesh.sharding = config_dict.placeholder(str)
+  # Before it, rules ((pattern, (axis or None, ...)), ...) over the paths of
+  # parameters: (("classifier/kernel", (None, "fsdp")),).
+  mesh.rules = config_dict.placeholder(tuple)
+  return mesh
 
 
 def _data() -> ml_collections.ConfigDict:
@@ -164,6 +183,9 @@ def _precision(method: str) -> ml_collections.ConfigDict:
   precision.kind = "affine"  # grids of all operands: affine or symmetric
   # What the backward pass keeps: none is float, 8 is 8-bit integer codes.
   precision.storage_bits = config_dict.placeholder(int)
+  # Range of activations and gradients in training: of the batch, or delayed,
+  # of the step before, which spares many devices a wait in every layer.
+  precision.ranges = "batch"
   precision.seed = 0  # of the method random, on top of the run's seed
   precision.cycles = 32  # of cpt and dpc_cpt, over the run
   precision.adaptive = _adaptive()

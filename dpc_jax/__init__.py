@@ -13,6 +13,7 @@ from dpc_jax.policy.statistics import (
   gradient_statistics,
   track_gradient_statistics,
 )
+from dpc_jax.quant import delayed
 from dpc_jax.quant.grids import Grid, LayerBits, Quantization, fake_quantize
 from dpc_jax.quant.layers import QuantConv, QuantDense
 from dpc_jax.quant.precision import assign_bits, layer_bits
@@ -33,6 +34,7 @@ __all__ = [
   "Quantization",
   "assign_bits",
   "bitops",
+  "delayed",
   "dpc_bit_widths",
   "fake_quantize",
   "gradient_statistics",

@@ -88,6 +88,7 @@ def main() -> None:
     widths = bounds.check_widths(_int(text) for text in values.widths)
   except ValueError as error:
     raise config_lib.ConfigError(f"--{error}") from None
+  workdir = cli.make_workdir()
   weights = _weights(copy.deepcopy(values.config))
   grid = grids.Grid(weights.parts.config.precision.kind, "channel")
   try:
@@ -106,7 +107,7 @@ def main() -> None:
   result = _result(weights, cosine, chosen)
   print(f"\n{result['model']} on {result['dataset']}, {weights.origin}\n")
   print(_table(result))
-  _write(result, pathlib.Path(values.workdir).expanduser())
+  _write(result, workdir)
   if unreached:
     raise config_lib.ConfigError(unreached[0])
   print(_sentence(result))
@@ -293,7 +294,6 @@ def _cells(by_width: Mapping[int, float]) -> list[str]:
 def _write(result: Mapping[str, Any], workdir: pathlib.Path) -> None:
   """Writes bounds.json and bounds.png, and says so."""
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "bounds.json").write_text(json.dumps(result, indent=2) + "\n")
   except OSError as error:
     raise config_lib.ConfigError(

@@ -1,52 +1,92 @@
 """Flags of the programs: a mistake is one line on stderr and exit code 2."""
 
-import difflib
+import logging
+import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Sequence
 
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from dpc_jax.data import prepared
 from dpc_jax.training import config as config_lib
-from dpc_jax.training import loop
+from dpc_jax.training import distributed, loop, peers
+from experiments import mistakes
 
 FLAGS = flags.FLAGS
 
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
-# A recipe is a person's program: what it may raise.
-_RECIPE_ERRORS = (
-  ArithmeticError,
-  AttributeError,
-  ImportError,
-  LookupError,
-  NameError,
-  OSError,
-  RuntimeError,
-  SyntaxError,
-  TypeError,
-  ValueError,
-)
+_DEBUG = re.compile(r"--?debug(=(1|t|true|y|yes))?", re.IGNORECASE)
 
 
 def define_config() -> None:
-  """Defines --config and --workdir."""
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "The recipe, FILE or FILE:METHOD, such as configs/digits_resnet8.py:dpc."
-    " Override its fields with --config.FIELD=VALUE, after it; configs/"
-    "default.py explains them all.",
-    flag_values=FLAGS,
+  """Defines --config, --workdir and --debug."""
+  # ml_collections warns of a recipe without a result, an error here.
+  logging.getLogger("absl").addFilter(
+    lambda record: "get_config() returned None" not in str(record.msg)
   )
+  try:
+    config_flags.DEFINE_config_file(
+      "config",
+      None,
+      "The recipe, FILE or FILE:METHOD, such as configs/digits_resnet8.py:dpc."
+      " Override its fields with --config.FIELD=VALUE, after it; configs/"
+      "default.py explains them all.",
+      flag_values=FLAGS,
+    )
+  except flags.Error as error:  # a --flagfile, which is read here already
+    text = str(error).removeprefix("ERROR:: ")
+    sys.exit(_fail(f"--flagfile: {text}; correct it, or leave it out", 2))
   flags.DEFINE_string(
     "workdir",
     None,
     "The run's folder, made if absent; a run goes on there.",
+    flag_values=FLAGS,
+  )
+  flags.DEFINE_bool(
+    "debug",
+    False,
+    "Shows the traceback of an error in place of its line.",
+    flag_values=FLAGS,
+  )
+
+
+def define_distributed() -> None:
+  """Defines the flags that join processes; their program joins in `run`."""
+  flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of process 0, the same for all processes of the run, all of"
+    " which are started with the same command but for --process. Or set"
+    " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.",
+    flag_values=FLAGS,
+  )
+  flags.DEFINE_integer(
+    "processes", None, "How many processes there are.", flag_values=FLAGS
+  )
+  flags.DEFINE_integer(
+    "process",
+    None,
+    "Which one this is, from 0; process 0 prints and writes.",
+    flag_values=FLAGS,
+  )
+  flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    distributed.MODES,
+    "auto: as the three flags say, else as SLURM, Open MPI, a TPU slice or"
+    " Kubernetes say, else alone; on: a mistake if none of them says; off:"
+    " alone.",
+    flag_values=FLAGS,
+  )
+  flags.DEFINE_float(
+    "join_timeout",
+    distributed.JOIN_TIMEOUT_S,
+    "Seconds that the processes wait for each other at the start.",
+    lower_bound=1.0,
     flag_values=FLAGS,
   )
 
@@ -55,27 +95,78 @@ def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
   """Parses the flags, calls `main`, and returns the exit code.
 
   0: done, or stopped by SIGTERM and saved, or --help. 1: the loss diverged. 2:
-  a user's mistake, or damaged data, in one line. 130: interrupted by Ctrl-C.
+  a user's mistake, or damaged data, in one line. 3: a process was lost, or the
+  disk is full: the same command goes on. 130: interrupted by Ctrl-C.
+  With --debug a traceback takes the line's place; the codes stay.
   """
   if any(arg in _HELP for arg in argv[1:]):
     print(_help(main))
     return 0
+  # Not of FLAGS: parsing them may be what fails.
+  debug = any(map(_DEBUG.fullmatch, argv[1:]))
   try:
     mistake = _parse(argv)
-  except (flags.Error, *_RECIPE_ERRORS) as error:
-    mistake = _explain(error, argv)
+  except (flags.Error, *mistakes.RECIPE_ERRORS) as error:
+    return _fail(
+      mistakes.explain(error, argv, list(FLAGS)), 2, error if debug else None
+    )
   if mistake:
     return _fail(mistake, 2)
+  # Of several processes, a line of error names its own.
+  who = ""
   try:
-    return main() or 0
+    if (found := _others()) is not None:
+      who = f"{distributed.name(found)}: "
+      # Before anything asks JAX for devices.
+      distributed.join(found, FLAGS.join_timeout)
+    with peers.watch(who):
+      return main() or 0
   except (config_lib.ConfigError, prepared.DataError) as error:
-    return _fail(str(error), 2)
+    return _fail(f"{who}{error}", 2, error if debug else None)
   except loop.DivergedError as error:
-    return _fail(str(error), 1)
+    return _fail(f"{who}{error}", 1, error if debug else None)
+  except (OSError, RuntimeError, ValueError) as error:
+    found = peers.explain(error)
+    if found is None:
+      peers.leave(1)
+      raise
+    return _fail(f"{who}{found}", peers.EXIT_CODE, error if debug else None)
   except KeyboardInterrupt:
     return _fail(
-      "interrupted; the same command goes on from the last save, if any", 130
+      f"{who}interrupted; the same command goes on from the last save, if any",
+      130,
     )
+
+
+def _others() -> distributed.Plan | None:
+  """How to join the other processes, if the program can and there are some."""
+  if "distributed" not in FLAGS:
+    return None
+  return distributed.plan(
+    os.environ,
+    coordinator=FLAGS.coordinator,
+    processes=FLAGS.processes,
+    process=FLAGS.process,
+    mode=FLAGS.distributed,
+    count_tpu_hosts=distributed.count_tpu_hosts,
+    has_kubernetes=distributed.has_kubernetes(),
+  )
+
+
+def make_workdir() -> pathlib.Path:
+  """Returns the folder of --workdir, made if absent.
+
+  Raises:
+    ConfigError: it cannot be made.
+  """
+  workdir = pathlib.Path(FLAGS.workdir).expanduser()
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise config_lib.ConfigError(
+      f"--workdir={workdir}: {error.strerror}; use another"
+    ) from None
+  return workdir
 
 
 def _parse(argv: Sequence[str]) -> str | None:
@@ -87,79 +178,16 @@ def _parse(argv: Sequence[str]) -> str | None:
     return "--config is missing; see --help"
   # A recipe that could not be read raises here, at its first use.
   FLAGS.config.to_dict()
+  mistake = mistakes.of_recipe(FLAGS.config, argv)
+  if mistake:
+    return mistake
   if not FLAGS.workdir:
     return "--workdir is missing; see --help"
-  return None
-
-
-def _explain(error: Exception, argv: Sequence[str]) -> str:
-  """One line that names the flag and the remedy."""
-  recipe = _recipe(argv)
-  if recipe is None:
-    return _one_line(error)
-  path = recipe.split(":", 1)[0]
-  if not pathlib.Path(path).is_file():
-    return f"--config={recipe}: there is no file {path}"
-  try:
-    config = _read_recipe(recipe)
-  except (flags.Error, *_RECIPE_ERRORS) as failure:
-    # Of a traceback, which ml_collections makes the message, the last line.
-    lines = str(failure).strip().splitlines()
-    reason = (
-      lines[-1] if len(lines) > 1 else f"{type(failure).__name__}: {failure}"
+  if "://" in FLAGS.workdir:
+    return (
+      f"--workdir={FLAGS.workdir}: must be a folder, not an address; mount the"
+      " bucket, or use a disk that all hosts share"
     )
-    return f"--config={recipe}: {reason}"
-  if not isinstance(config, ml_collections.ConfigDict):
-    return f"--config={recipe}: get_config() must return a ConfigDict"
-  for field in _overrides(argv):
-    mistake = _wrong_field(config, field)
-    if mistake:
-      return mistake
-  return _one_line(error)
-
-
-def _recipe(argv: Sequence[str]) -> str | None:
-  """The value of --config."""
-  for i, arg in enumerate(argv):
-    match = re.fullmatch(r"--?config(?:=(.*))?", arg)
-    if match:
-      return match[1] if match[1] is not None else "".join(argv[i + 1 : i + 2])
-  return None
-
-
-def _read_recipe(recipe: str) -> Any:
-  """The config of a recipe, without overrides."""
-  values = flags.FlagValues()
-  argv = ["", f"--config={recipe}"]
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-  values(argv)
-  return values.config
-
-
-def _overrides(argv: Sequence[str]) -> Iterator[str]:
-  for arg in argv:
-    match = re.match(r"--?(?:no)?config\.([^=]+)", arg)
-    if match:
-      yield match[1]
-
-
-def _wrong_field(config: Any, field: str) -> str | None:
-  """What is wrong with the name of a field, or None."""
-  node, prefix = config, ""
-  for part in field.split("."):
-    known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
-    if part not in known:
-      close = difflib.get_close_matches(part, known, n=1)
-      remedy = (
-        f"did you mean {prefix}{close[0]}?"
-        if close
-        else "configs/default.py has the fields"
-      )
-      return f"--config.{field}: no field {prefix}{part}; {remedy}"
-    node, prefix = node[part], f"{prefix}{part}."
-  if isinstance(node, ml_collections.ConfigDict):
-    example = next(iter(node))
-    return f"--config.{field}: a group; set its fields, as {prefix}{example}"
   return None
 
 
@@ -180,10 +208,12 @@ def _help(main: Callable[[], int | None]) -> str:
   return "\n".join(lines)
 
 
-def _one_line(text: Any) -> str:
-  return " ".join(str(text).split())
-
-
-def _fail(text: str, code: int) -> int:
-  print(f"error: {_one_line(text)}", file=sys.stderr)
+def _fail(text: str, code: int, shown: Exception | None = None) -> int:
+  """Prints the line, or the traceback of `shown`; returns the code."""
+  if shown is not None:
+    traceback.print_exception(shown)
+  else:
+    print(f"error: {mistakes.one_line(text)}", file=sys.stderr)
+  # The lost are not waited for.
+  peers.leave(code, 0 if code == peers.EXIT_CODE else peers.GRACE_S)
   return code

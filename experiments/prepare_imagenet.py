@@ -14,7 +14,6 @@ The labels are a CSV file with the columns `file`, a name in the folder, and
 they are. Of the list, every fifth image is for validation.
 """
 
-import argparse
 import csv
 import json
 import pathlib
@@ -23,6 +22,7 @@ import sys
 from collections.abc import Sequence
 
 from dpc_jax.data import prepared
+from experiments import arguments
 
 _NAME = "imagenet2012"
 _VERSION = "5.1.0"
@@ -47,22 +47,35 @@ def read_labels(
     raise FileNotFoundError(f"--labels={labels}: there is no such file")
   index = {name: label for label, name in enumerate(class_names)}
   examples = []
-  with labels.open(newline="", encoding="utf-8") as lines:
-    reader = csv.DictReader(lines)
-    for column in ("file", "wnid"):
-      if column not in (reader.fieldnames or ()):
-        raise ValueError(f"--labels={labels}: there is no column {column!r}")
-    for row in reader:
-      path = images / row["file"]
-      if not path.is_file():
-        raise FileNotFoundError(f"--images={images}: {path.name} is missing")
-      if row["wnid"] not in index:
-        raise ValueError(
-          f"--labels={labels}: {row['wnid']!r} of {path.name} is no class of "
-          "ImageNet; use names such as n01440764"
-        )
-      examples.append((path, index[row["wnid"]]))
+  for name, wnid in _read_rows(labels):
+    path = images / name
+    if not path.is_file():
+      raise FileNotFoundError(f"--images={images}: {path.name} is missing")
+    if wnid not in index:
+      raise ValueError(
+        f"--labels={labels}: {wnid!r} of {path.name} is no class of "
+        "ImageNet; use names such as n01440764"
+      )
+    examples.append((path, index[wnid]))
   return examples
+
+
+def _read_rows(labels: pathlib.Path) -> list[tuple[str, str | None]]:
+  """The columns `file` and `wnid`."""
+  try:
+    with labels.open(newline="", encoding="utf-8") as lines:
+      reader = csv.DictReader(lines)
+      for column in ("file", "wnid"):
+        if column not in (reader.fieldnames or ()):
+          raise ValueError(
+            f"--labels={labels}: there is no column {column!r}; name the"
+            " columns file and wnid in the first line"
+          )
+      return [(row["file"], row["wnid"]) for row in reader]
+  except (UnicodeDecodeError, csv.Error) as error:
+    raise ValueError(
+      f"--labels={labels}: is no CSV file in UTF-8 ({error})"
+    ) from error
 
 
 def prepare(
@@ -212,11 +225,7 @@ def _features() -> dict:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Reads the flags, writes the set, prints what it holds."""
-  parser = argparse.ArgumentParser(
-    prog="python -m experiments.prepare_imagenet",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = arguments.Parser("experiments.prepare_imagenet", __doc__)
   parser.add_argument("--images", type=pathlib.Path, required=True)
   parser.add_argument("--labels", type=pathlib.Path, required=True)
   parser.add_argument("--data_dir", type=pathlib.Path, required=True)

@@ -17,4 +17,5 @@ def main() -> None:
 
 if __name__ == "__main__":
   cli.define_config()
+  cli.define_distributed()
   sys.exit(cli.run(main, sys.argv))

@@ -15,7 +15,7 @@ import pathlib
 
 import numpy as np
 
-from dpc_jax.data import prepared, text_files
+from dpc_jax.data import places, prepared, text_files
 
 EOS = "<eos>"
 UNK = "<unk>"
@@ -110,8 +110,8 @@ def load(
 
 def _read(name: str, data_dir: str | os.PathLike[str] | None) -> TextData:
   """Reads prepared or plain files, and checks the numbers of tokens, words."""
-  origin, root = prepared.data_root(name, data_dir)
-  if prepared.version_dirs(root, name):
+  origin, root = places.data_root(name, data_dir)
+  if places.version_dirs(root, name):
     folder = prepared.find(name, data_dir)
     data = _number(name, _prepared_lines(name, folder))
     remedy = f"remove {folder} and {prepared.how_to_get(name, root)}"
@@ -140,9 +140,11 @@ def _plain_lines(
   paths = text_files.find(name, folders)
   if paths is None:
     files = text_files.CORPORA[name].patterns[0].format("{train,valid,test}")
+    wrong = places.wrong_folder(origin, root)
+    absent = f"neither a prepared {name} nor text files in {root} ({origin})"
     raise FileNotFoundError(
-      f"data.name={name!r}: neither a prepared {name} nor text files in {root} "
-      f"({origin}); put {files}, plain or with .gz, into {folders[0]}, or "
+      f"data.name={name!r}: {wrong or absent}; "
+      f"put {files}, plain or with .gz, into {folders[0]}, or "
       f"{prepared.how_to_get(name, root)}"
     )
   for split, path in paths.items():
@@ -154,14 +156,21 @@ def _prepared_lines(
   name: str, folder: pathlib.Path
 ) -> dict[str, collections.abc.Iterator[str]]:
   prepared.open_builder(name, folder, text_files.SPLITS)
-  return {
-    split: _texts(prepared.Records(name, folder, split, encoded="text"))
-    for split in text_files.SPLITS
-  }
+  return {split: _texts(name, folder, split) for split in text_files.SPLITS}
 
 
-def _texts(records: prepared.Records) -> collections.abc.Iterator[str]:
-  return (record["text"].decode() for record in prepared.in_order(records))
+def _texts(
+  name: str, folder: pathlib.Path, split: str
+) -> collections.abc.Iterator[str]:
+  records = prepared.Records(name, folder, split, encoded="text")
+  for row, record in enumerate(prepared.in_order(records)):
+    try:
+      yield record["text"].decode()
+    except UnicodeDecodeError as error:
+      raise prepared.DataError(
+        f"data.name={name!r}: line {row} of tfds' split {split!r} in {folder}"
+        f" is not UTF-8 text ({error.reason}); prepare the data set anew"
+      ) from error
 
 
 def _number(

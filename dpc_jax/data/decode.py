@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import io
 import math
+import numbers
 import struct
 import typing
 
@@ -23,6 +24,7 @@ _TRIES = 10
 # One for the flip; area, ratio, row and column of each try.
 UNIFORMS = 1 + 4 * _TRIES
 
+_FORMATS = ("JPEG", "PNG")
 # What Pillow raises on bytes that are no image, or a damaged one, beside its
 # own DecompressionBombError.
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
@@ -166,14 +168,31 @@ def whole_image(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
   return np.asarray(image)
 
 
+def label(value: typing.Any, num_classes: int) -> int:
+  """Returns the label of a record.
+
+  Raises:
+    DamagedImageError: it is none of 0..num_classes - 1.
+  """
+  if isinstance(value, numbers.Integral) and 0 <= value < num_classes:
+    return int(value)
+  raise DamagedImageError(
+    f"its label is {value!r}, none of 0..{num_classes - 1}"
+  )
+
+
 def _decode(encoded: bytes) -> typing.Any:
   pillow = importlib.import_module("PIL.Image")
+  if not isinstance(encoded, bytes):
+    raise DamagedImageError(f"{type(encoded).__name__} instead of bytes")
   try:
+    # No other formats: Pillow has EPS drawn by another program, Ghostscript.
+    image = pillow.open(io.BytesIO(encoded), formats=_FORMATS)
     # Grayscale, CMYK and palettes too. A rotation in the Exif data is left
     # alone, as everywhere else with ImageNet.
-    return pillow.open(io.BytesIO(encoded)).convert("RGB")
+    return image.convert("RGB")
   except pillow.UnidentifiedImageError as error:  # its text is an address
-    raise DamagedImageError("not an image file") from error
+    raise DamagedImageError("not a JPEG or PNG file") from error
   except (*_PILLOW_ERRORS, pillow.DecompressionBombError) as error:
     raise DamagedImageError(" ".join(str(error).split())) from error
 

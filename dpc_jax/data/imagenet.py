@@ -18,6 +18,8 @@ from dpc_jax.data import decode, parallel, pipeline, prepared, sources
 
 NAME = "imagenet2012"
 
+_CLASSES = 1000
+
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 # tfds' names. Its 'test' has no labels, so the official validation set is what
@@ -46,8 +48,10 @@ class StreamedSplit:
     return len(self.records) if self.rows is None else len(self.rows)
 
   def __getitem__(self, index: int) -> tuple[bytes, int]:
-    record = self.records[self.row(index)]
-    return record["image"], int(record["label"])
+    row = self.row(index)
+    record = self.records[row]
+    with decode.naming(NAME, self.record_set, row):
+      return record["image"], decode.label(record["label"], _CLASSES)
 
   def row(self, index: int) -> int:
     """Returns the record's place in its own set.

@@ -11,14 +11,12 @@ import importlib
 import json
 import os
 import pathlib
-import re
+import sys
 import threading
 import types
 import typing
 
-from dpc_jax.data import text_files
-
-_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+from dpc_jax.data import places, text_files
 
 _PACKAGES = {
   "array_record": "array-record",
@@ -75,54 +73,12 @@ def require(module: str, user: str) -> types.ModuleType:
     ) from error
 
 
-def data_root(
-  name: str, data_dir: str | os.PathLike[str] | None
-) -> tuple[str, pathlib.Path]:
-  """Returns the folder of all data sets, and where that choice comes from.
-
-  Args:
-    name: of the data set that is looked for.
-    data_dir: None takes TFDS_DATA_DIR or else tfds' default,
-      ~/tensorflow_datasets.
-
-  Returns:
-    The origin, as errors name it, and the absolute folder.
-
-  Raises:
-    ValueError: the folder is not a local one.
-  """
-  origin, folder = next(
-    (origin, folder)
-    for origin, folder in (
-      ("data.dir", data_dir),
-      ("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR")),
-      ("tfds' default", "~/tensorflow_datasets"),
-    )
-    if folder
-  )
-  if "://" in str(folder):
-    raise ValueError(
-      f"{origin}={folder} is not a local folder; copy {name} to one"
-    )
-  return origin, pathlib.Path(folder).expanduser().absolute()
-
-
-def version_dirs(root: pathlib.Path, name: str) -> list[pathlib.Path]:
-  """Returns the folders of a data set's prepared versions, the newest last."""
-  found = {}
-  for info in (root / name).glob("*/dataset_info.json"):
-    version = _VERSION.fullmatch(info.parent.name)
-    if version:
-      found[tuple(int(part) for part in version.groups())] = info.parent
-  return [found[version] for version in sorted(found)]
-
-
 def find(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
   """Returns the newest version of a data set, before tfds is even imported.
 
   Args:
     name: of the data set.
-    data_dir: the folder that holds tfds data sets, as for `data_root`.
+    data_dir: the folder that holds tfds data sets, as for `places.data_root`.
 
   Returns:
     Its folder, such as DIR/cifar10/3.0.2, whose descriptions are JSON.
@@ -131,15 +87,20 @@ def find(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     FileNotFoundError: the set or one of its descriptions is not there.
     ValueError: a description is damaged, or the folder is not a local one.
   """
-  origin, root = data_root(name, data_dir)
-  found = version_dirs(root, name)
+  origin, root = places.data_root(name, data_dir)
+  found = places.version_dirs(root, name)
   if not found:
     raise FileNotFoundError(
-      f"data.name={name!r}: no prepared {name} in {root} ({origin}); "
+      f"data.name={name!r}: {places.absence(name, origin, root)} "
       f"{how_to_get(name, root)}"
     )
-  _check_json(found[-1] / "dataset_info.json", name, root)
-  _check_json(found[-1] / "features.json", name, root)
+  description = _read_json(found[-1] / "dataset_info.json", name, root)
+  _read_json(found[-1] / "features.json", name, root)
+  if description.get("name") != name:
+    raise ValueError(
+      f"data.name={name!r}: {found[-1]} holds {description.get('name')!r}; "
+      f"{_again(name, found[-1])}"
+    )
   return found[-1]
 
 
@@ -159,13 +120,20 @@ def open_builder(
 
   Raises:
     FileNotFoundError: a split or one of its files is not there.
-    ValueError: the files are not in array_record format.
+    ValueError: the files are not in array_record format, or their description
+      is wrong.
     ModuleNotFoundError: tensorflow_datasets or array_record is not installed.
   """
   user = f"data.name={name!r}"
   tfds = require("tensorflow_datasets", user)
   require("array_record", user)
-  builder = tfds.builder_from_directory(version_dir)
+  try:
+    builder = tfds.builder_from_directory(version_dir)
+  except (KeyError, TypeError, ValueError, *_protobuf_errors()) as error:
+    raise ValueError(
+      f"data.name={name!r}: the description in {version_dir} is wrong "
+      f"({' '.join(str(error).split())}); {_again(name, version_dir)}"
+    ) from error
   _check_files(builder, name, version_dir, splits)
   return builder
 
@@ -184,15 +152,26 @@ def one_line_if_damaged(
     Nothing: read inside the `with`.
 
   Raises:
-    DataError: in place of a RuntimeError, in one line with the remedy.
+    DataError: in place of its RuntimeError, or of protobuf's error over a
+      record, in one line with the remedy.
   """
   try:
     yield
-  except RuntimeError as error:
+  except (RuntimeError, *_protobuf_errors()) as error:
+    reason = " ".join(str(error).split(";")[0].split())
     raise DataError(
-      f"data.name={name!r}: a file in {version_dir} is damaged "
-      f"({str(error).split(';')[0]}); {_again(name, version_dir)}"
+      f"data.name={name!r}: a file in {version_dir} is damaged ({reason}); "
+      f"{_again(name, version_dir)}"
     ) from error
+
+
+def _protobuf_errors() -> tuple[type[Exception], ...]:
+  """What is raised on bytes that are no example, and on a wrong description.
+
+  Only a module that is loaded can have raised it.
+  """
+  names = ("google.protobuf.message", "google.protobuf.json_format")
+  return tuple(sys.modules[n].Error for n in names if n in sys.modules)
 
 
 class Records:
@@ -293,16 +272,25 @@ def _again(name: str, version_dir: pathlib.Path) -> str:
   return f"remove {version_dir} and {how_to_get(name, version_dir.parents[1])}"
 
 
-def _check_json(path: pathlib.Path, name: str, root: pathlib.Path) -> None:
+def _read_json(
+  path: pathlib.Path, name: str, root: pathlib.Path
+) -> dict[str, typing.Any]:
   remedy = f"remove {path.parent} and {how_to_get(name, root)}"
   if not path.is_file():
     raise FileNotFoundError(f"data.name={name!r}: {path} is missing; {remedy}")
   try:
-    json.loads(path.read_text("utf-8"))
+    content = json.loads(path.read_text("utf-8"))
   except ValueError as error:
     raise ValueError(
       f"data.name={name!r}: {path} is not JSON; {remedy}"
     ) from error
+  except OSError as error:
+    raise ValueError(
+      f"data.name={name!r}: {path} cannot be read ({error.strerror}); {remedy}"
+    ) from error
+  if not isinstance(content, dict):
+    raise ValueError(f"data.name={name!r}: {path} is no description; {remedy}")
+  return content
 
 
 def _check_files(

@@ -9,6 +9,7 @@ home: `imagenet` and `corpus`, imported when they are asked for.
 
 import collections.abc
 import dataclasses
+import difflib
 import functools
 import importlib
 import os
@@ -128,8 +129,11 @@ def load(
     ModuleNotFoundError: a package that reads this set is not installed.
   """
   if name not in known():
+    close = difflib.get_close_matches(name.lower(), known(), n=1)
+    meant = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(
-      f"data.name={name!r} is unknown; choose one of {', '.join(known())}"
+      f"data.name={name!r} is unknown; {meant}choose one of"
+      f" {', '.join(known())}"
     )
   if holdout < 0:
     raise ValueError(f"data.holdout={holdout} is negative; 0 holds out none")
@@ -253,7 +257,7 @@ def _read_cifar(
   shape = (32, 32, 3)
   return ImageData(
     splits={
-      split: _decode(name, split, part, shape)
+      split: _decode(name, split, part, shape, num_classes)
       for split, part in records.items()
     },
     num_classes=num_classes,
@@ -297,6 +301,7 @@ def _decode(
   record_set: str,
   records: collections.abc.Sequence,
   shape: tuple[int, int, int],
+  num_classes: int,
 ) -> Split:
   """Decodes all images of a split into one array.
 
@@ -308,7 +313,7 @@ def _decode(
   for row, record in enumerate(prepared.in_order(records)):
     with decode.naming(name, record_set, row):
       images[row] = decode.whole_image(record["image"], shape)
-    labels[row] = record["label"]
+      labels[row] = decode.label(record["label"], num_classes)
   return Split(images=images, labels=labels)
 
 

@@ -195,6 +195,10 @@ def check(name: str, split: str, path: pathlib.Path) -> None:
     raise ValueError(
       f"data.name={name!r}: {path} is damaged ({error}); {remedy}"
     ) from error
+  except OSError as error:
+    raise ValueError(
+      f"data.name={name!r}: {path} cannot be read ({error.strerror}); {remedy}"
+    ) from error
   raise ValueError(f"data.name={name!r}: {path} {reason}; {remedy}")
 
 

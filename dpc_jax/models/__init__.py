@@ -1,6 +1,7 @@
 """The models, and the table name -> constructor."""
 
 import dataclasses
+import difflib
 import functools
 import numbers
 import re
@@ -122,10 +123,12 @@ def _check_integers(model: nn.Module) -> None:
 def _constructor(name: str) -> Callable[..., nn.Module]:
   if name in _CONSTRUCTORS:
     return _CONSTRUCTORS[name]
-  depth = re.fullmatch(r"resnet(\d+)", name)
+  depth = re.fullmatch(r"resnet(\d+)", str(name))
   if depth and int(depth[1]) >= 8 and (int(depth[1]) - 2) % 6 == 0:
     return functools.partial(resnet.ResNet, blocks=(int(depth[1]) - 2) // 6)
+  close = difflib.get_close_matches(str(name).lower(), names(), n=1)
+  meant = f"did you mean {close[0]!r}? " if close else ""
   raise ValueError(
-    f"model.name = {name!r} is unknown; use one of {', '.join(names())}, or"
-    " resnet<6n+2> for another n"
+    f"model.name = {name!r} is unknown; {meant}use one of"
+    f" {', '.join(names())}, or resnet<6n+2> for another n"
   )

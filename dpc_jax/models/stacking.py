@@ -52,6 +52,7 @@ def run_blocks(
       "batch_stats": 0,
       "precision": 0,
       "quant_stats": 0,
+      "quant_probe": 0,
       "intermediates": 0,
     },
     split_rngs={"params": True, "dropout": True, "quant": True},

@@ -18,7 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dpc_jax.quant import noise
+from dpc_jax.quant import noise, spans
+
+# Ranges have a module of their own; these are their names to others.
+Range = spans.Range
+value_range = spans.value_range
+guarded = spans.guarded
 
 MIN_WIDTH = 2
 MAX_WIDTH = 16
@@ -31,6 +36,7 @@ STEP_FLOOR = 1e-8
 KINDS = ("affine", "symmetric")
 GRANULARITIES = ("tensor", "channel")
 ROUNDINGS = ("nearest", "stochastic")
+RANGES = ("batch", "delayed")
 
 
 class LayerBits(NamedTuple):
@@ -146,12 +152,18 @@ class Quantization:
       8-bit integer codes with their scale and offset. With 8, a wider width
       (32 included) is refused where it is concrete and gives NaN where it is
       traced, since a dtype cannot follow a traced width.
+    ranges: in training, the range that activations and gradients are quantized
+      over: that of the "batch", or "delayed", that of the step before, so that
+      many devices agree on ranges once a step and not in every layer (see
+      `dpc_jax.quant.delayed`, which such a step needs). Not with a range per
+      channel of theirs. Evaluation is the same with both.
   """
 
   weights: Grid | None = Grid(granularity="channel")
   activations: Grid | None = Grid()
   gradients: Grid | None = Grid(rounding="stochastic")
   storage_bits: int | None = None
+  ranges: str = "batch"
 
   def __post_init__(self):
     for field in LayerBits._fields:
@@ -161,19 +173,21 @@ class Quantization:
           " None for float"
         )
     _check_choice("Quantization", "storage_bits", self.storage_bits, (None, 8))
+    _check_choice("Quantization", "ranges", self.ranges, RANGES)
+    for field in ("activations", "gradients"):
+      grid = getattr(self, field)
+      by_channel = grid is not None and grid.granularity == "channel"
+      if self.ranges == "delayed" and by_channel:
+        raise ValueError(
+          f"Quantization.{field} = {grid!r}: ranges = 'delayed' has one range"
+          " per tensor; use granularity 'tensor', or ranges = 'batch'"
+        )
 
   @property
   def is_stochastic(self) -> bool:
     """Whether any operand is rounded stochastically."""
     grids = (self.weights, self.activations, self.gradients)
     return any(g is not None and g.rounding == "stochastic" for g in grids)
-
-
-class Range(NamedTuple):
-  """Smallest and largest value, float32, broadcastable to the tensor."""
-
-  lo: jax.Array
-  hi: jax.Array
 
 
 class Quantized(NamedTuple):
@@ -188,34 +202,6 @@ class Quantized(NamedTuple):
   codes: jax.Array
   scale: jax.Array
   offset: jax.Array | None
-
-
-def value_range(x: jax.Array, axis: tuple[int, ...] | None = None) -> Range:
-  """Range of `x` over all axes but those in `axis`, which are kept.
-
-  Returns float32 arrays of shape () if axis is None, else of x's rank. NaN
-  anywhere gives NaN; an `x` without elements gives 0.
-  """
-  x = x.astype(jnp.float32)
-  if x.size == 0:
-    x = jnp.zeros([max(1, n) for n in x.shape], jnp.float32)
-  if axis is None:
-    return Range(jnp.min(x), jnp.max(x))
-  kept = {a % x.ndim for a in axis}
-  reduced = tuple(a for a in range(x.ndim) if a not in kept)
-  return Range(
-    jnp.min(x, reduced, keepdims=True), jnp.max(x, reduced, keepdims=True)
-  )
-
-
-def guarded(limits: Range, own: Range) -> Range:
-  """`limits`, or NaN where the tensor's own range is not finite.
-
-  Clipping to a range from elsewhere would turn inf, and 8-bit codes NaN too,
-  into numbers.
-  """
-  finite = jnp.isfinite(own.lo) & jnp.isfinite(own.hi)
-  return Range(*(jnp.where(finite, limit, jnp.nan) for limit in limits))
 
 
 def encode(
@@ -363,7 +349,7 @@ def fake_quantize(
 
   Raises:
     ValueError: a concrete width outside 2..16 and 32; stochastic rounding
-      without a key; an integer `x`.
+      without a key; an integer `x`; an axis that `x` does not have.
   """
   check_width(bits)
   x = jnp.asarray(x)
@@ -372,13 +358,22 @@ def fake_quantize(
   if grid.rounding == "stochastic" and key is None:
     raise ValueError("key = None: stochastic rounding needs a PRNG key")
   frozen = lax.stop_gradient(x)
-  own = value_range(frozen, channel_axes(grid, axis))
+  own = value_range(frozen, _checked_axes(x, grid, axis))
   limits = own if limits is None else guarded(limits, own)
   quantized = encode(frozen, bits, grid, limits, key=key, floor=floor)
   value = jnp.where(
     jnp.asarray(bits) == FLOAT_WIDTH, frozen, decode(quantized, x.dtype)
   )
   return _straight_through(x, value)
+
+
+def _checked_axes(x, grid, axis) -> tuple[int, ...] | None:
+  axes = channel_axes(grid, axis)
+  if any(not -x.ndim <= a < x.ndim for a in axes or ()):
+    raise ValueError(
+      f"axis = {axis}: x has shape {x.shape}; name one of its {x.ndim} axes"
+    )
+  return axes
 
 
 def channel_axes(

@@ -11,6 +11,7 @@ nothing anew. Rounding noise comes from the RNG stream `quant`.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,10 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpc_jax.quant import grids, ops
+from dpc_jax.quant import grids, ops, ranges
 
-# Weight of the past in the running range (CPT's value).
-RANGE_DECAY = 0.9
 INITIAL_WIDTH = 8
 
 
@@ -37,7 +36,8 @@ class QuantDense(nn.Dense):
   updates the running range (decay 0.9; the first batch sets it: our decision,
   CPT starts at 0); otherwise over the running range, or over the batch's
   while no batch was counted. `init` counts no batch. Without the RNG stream
-  `quant`, stochastic grids round to nearest.
+  `quant`, stochastic grids round to nearest. `Quantization(ranges="delayed")`
+  takes the ranges of the step before: see `dpc_jax.quant.delayed`.
 
   The gradient passes straight through both quantizers (see
   `dpc_jax.quant.ops`); widths and ranges get none.
@@ -58,6 +58,7 @@ class QuantDense(nn.Dense):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the layer to `inputs` (..., features in)."""
+    _check_axes(self, inputs, 1)
     with quantized_products(self, self.quantization):
       return super().__call__(inputs)
 
@@ -81,8 +82,18 @@ class QuantConv(nn.Conv):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Applies the layer to `inputs` (..., spatial..., features in)."""
+    _check_axes(self, inputs, len(self.kernel_size) + 1)
     with quantized_products(self, self.quantization):
       return super().__call__(inputs)
+
+
+def _check_axes(module, inputs, least) -> None:
+  shape = jnp.shape(inputs)
+  if len(shape) < least:
+    name = ranges.layer_path(module) or type(module).__name__
+    raise ValueError(
+      f"{name}: inputs have shape {shape}; pass at least {least} axes"
+    )
 
 
 @contextlib.contextmanager
@@ -109,8 +120,8 @@ def quantized_products(
   for attribute in (name, f"{name}_cls"):
     if getattr(module, attribute) is not None:
       raise ValueError(
-        f"{layer_path(module) or type(module).__name__}: {attribute} is set,"
-        " but the product of a quantized layer is its own; leave it None"
+        f"{ranges.layer_path(module) or type(module).__name__}: {attribute} is"
+        " set, but the product of a quantized layer is its own; leave it None"
       )
 
   def quantized(x, kernel, *args, **kwargs):
@@ -134,41 +145,20 @@ def call_product(
   kwargs: dict[str, Any],
 ) -> jax.Array:
   """Calls a product of `ops` with the widths, range and key of `module`."""
-  bits = layer_widths(module, quantization)
-  running = None
-  if quantization.activations is not None:
-    batch = {"": ops.operand_range(x, quantization.activations)}
-    running = running_ranges(module, batch)
-  return product(
+  run = functools.partial(
+    product,
     x,
     kernel,
     *args,
-    bits=bits,
+    bits=layer_widths(module, quantization),
     quantization=quantization,
-    # The product finds the range of the batch by itself.
-    limits=None if running is None else running[""],
     key=noise_key(module, quantization),
     **kwargs,
   )
-
-
-def layer_path(module: nn.Module) -> str:
-  """The layer path of a bound module: '/'-joined names, '' at the root."""
-  return "/".join(module.path)
-
-
-def _variable(module, collection, name, shape, value, dtype):
-  # Mutable is not enough: widths made up in `apply` would be a silent reset.
-  if not (
-    (module.is_initializing() and module.is_mutable_collection(collection))
-    or module.has_variable(collection, name)
-  ):
-    raise ValueError(
-      f"{layer_path(module) or type(module).__name__}: no collection"
-      f" {collection!r} in apply's variables; pass all that init returned, not"
-      " params alone, and name it in the variable_axes of an nn.scan or nn.vmap"
-    )
-  return module.variable(collection, name, jnp.full, shape, value, dtype)
+  found = ranges.layer_ranges(
+    module, quantization, lambda range_of: {"": range_of(x)}, run
+  )
+  return run(limits=found.limits.get(""), gradient=found.gradient)
 
 
 def layer_widths(
@@ -183,7 +173,7 @@ def layer_widths(
   """
   return grids.LayerBits(
     *(
-      _variable(
+      ranges.variable(
         module,
         "precision",
         field,
@@ -196,59 +186,6 @@ def layer_widths(
       for field in grids.LayerBits._fields
     )
   )
-
-
-def running_ranges(
-  module: nn.Module, batch: dict[str, grids.Range]
-) -> dict[str, grids.Range] | None:
-  """Ranges that serve in place of the batch's own, one for each operand.
-
-  Where `quant_stats` is mutable (training), updates the running ranges and
-  returns None: the batch's own serve. `init` does not count its batch.
-
-  Args:
-    module: a bound module, inside its compact call.
-    batch: {prefix: range of this batch}, prefix "" for the first operand; the
-      running range is in the variables `<prefix>lo` and `<prefix>hi`, and
-      `count` is that of all operands.
-
-  Returns:
-    In evaluation, the running ranges, or those of `batch` while no batch was
-    counted; in training None.
-
-  Raises:
-    ValueError: `apply` without the collection.
-  """
-  running = {
-    prefix: grids.Range(
-      *(
-        _variable(
-          module, "quant_stats", prefix + field, own.lo.shape, 0, jnp.float32
-        )
-        for field in grids.Range._fields
-      )
-    )
-    for prefix, own in batch.items()
-  }
-  count = _variable(module, "quant_stats", "count", (), 0, jnp.int32)
-  is_first = count.value == 0
-  if not module.is_mutable_collection("quant_stats"):
-    return {
-      prefix: grids.Range(
-        *(
-          jnp.where(is_first, new, old.value)
-          for old, new in zip(running[prefix], own, strict=True)
-        )
-      )
-      for prefix, own in batch.items()
-    }
-  if not module.is_initializing():
-    for prefix, own in batch.items():
-      for old, new in zip(running[prefix], own, strict=True):
-        average = RANGE_DECAY * old.value + (1 - RANGE_DECAY) * new
-        old.value = jnp.where(is_first, new, average)
-    count.value = count.value + 1
-  return None
 
 
 def noise_key(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dpc_jax.quant import grids
+from dpc_jax.quant import grids, spans
 
 
 class _Spec(NamedTuple):
@@ -35,6 +35,28 @@ class _Spec(NamedTuple):
   keep_zeros: bool = False
 
 
+class PreviousGradient(NamedTuple):
+  """What a product takes of the step before, and gives to the next one.
+
+  Attributes:
+    limits: range of the output gradient's grid, () each; where it is empty or
+      not finite, each row of the gradient has its own.
+    probe: float32 (rows of the output, 2), of any value. Its cotangent, as of
+      a differentiable input, is the gradient's own range, `packed`.
+  """
+
+  limits: grids.Range
+  probe: jax.Array
+
+
+def packed(limits: grids.Range) -> jax.Array:
+  """(rows, 2), -lo and hi of each row: a maximum over rows joins them."""
+  lo, hi = (end.reshape(-1) for end in limits)
+  ends = jnp.stack([-lo, hi], axis=-1)
+  # A maximum over devices may overlook NaN: a CPU's does.
+  return jnp.where(jnp.isnan(ends), jnp.inf, ends)
+
+
 def dot_general(
   lhs: jax.Array,
   rhs: jax.Array,
@@ -44,6 +66,7 @@ def dot_general(
   quantization: grids.Quantization,
   limits: grids.Range | None = None,
   rhs_limits: grids.Range | None = None,
+  gradient: PreviousGradient | None = None,
   key: jax.Array | None = None,
   precision: lax.PrecisionLike = None,
   preferred_element_type: Any = None,
@@ -57,8 +80,11 @@ def dot_general(
     bits: three widths, () int each; traced or not.
     quantization: the three grids.
     limits: range of the grid of `lhs`; None takes its own. Where the own range
-      is not finite, the result is NaN in any case.
+      is not finite, the result is NaN in any case, unless it is a
+      `spans.CheckedRange`, which is taken as it is.
     rhs_limits: likewise for `rhs`: a running range, where it is no kernel.
+    gradient: None takes the output gradient's own range; else it is quantized
+      over the previous one, and a row that is not finite is NaN.
     key: PRNG key of stochastic rounding; None rounds to nearest.
     precision: as in `lax.dot_general`.
     preferred_element_type: as in `lax.dot_general`.
@@ -83,7 +109,9 @@ def dot_general(
     weight_axes=kept,
     gradient_axes=tuple(range(-free, 0)),
   )
-  return _quantized_product(spec, lhs, rhs, bits, (limits, rhs_limits), key)
+  return _quantized_product(
+    spec, lhs, rhs, bits, (limits, rhs_limits), key, gradient
+  )
 
 
 def conv_general_dilated(
@@ -96,6 +124,7 @@ def conv_general_dilated(
   quantization: grids.Quantization,
   limits: grids.Range | None = None,
   rhs_limits: grids.Range | None = None,
+  gradient: PreviousGradient | None = None,
   key: jax.Array | None = None,
   dimension_numbers: Any = None,
   **kwargs: Any,
@@ -124,7 +153,9 @@ def conv_general_dilated(
     weight_axes=(numbers.rhs_spec[0],),
     gradient_axes=(numbers.out_spec[1],),
   )
-  return _quantized_product(spec, lhs, rhs, bits, (limits, rhs_limits), key)
+  return _quantized_product(
+    spec, lhs, rhs, bits, (limits, rhs_limits), key, gradient
+  )
 
 
 def einsum(
@@ -136,6 +167,7 @@ def einsum(
   quantization: grids.Quantization,
   limits: grids.Range | None = None,
   rhs_limits: grids.Range | None = None,
+  gradient: PreviousGradient | None = None,
   key: jax.Array | None = None,
   keep_zeros: bool = False,
   **kwargs: Any,
@@ -165,10 +197,12 @@ def einsum(
     gradient_axes=free,
     keep_zeros=keep_zeros,
   )
-  return _quantized_product(spec, lhs, rhs, bits, (limits, rhs_limits), key)
+  return _quantized_product(
+    spec, lhs, rhs, bits, (limits, rhs_limits), key, gradient
+  )
 
 
-def _quantized_product(spec, x, w, bits, limits, key):
+def _quantized_product(spec, x, w, bits, limits, key, gradient):
   quantization = spec.quantization
   widest = quantization.storage_bits
   for name, width in zip(grids.LayerBits._fields, bits, strict=True):
@@ -181,7 +215,7 @@ def _quantized_product(spec, x, w, bits, limits, key):
     _span(w, quantization.weights, spec.weight_axes, limits[1]),
   )
   bits = grids.LayerBits(*(jnp.asarray(b, jnp.int32) for b in bits))
-  return _product(spec, x, w, bits, limits, key)
+  return _product(spec, x, w, bits, limits, key, gradient)
 
 
 def operand_range(
@@ -195,6 +229,8 @@ def _span(x, grid, axes, limits):
   """The range that an operand's grid spans, None without a grid."""
   if grid is None:
     return None
+  if isinstance(limits, spans.CheckedRange):
+    return limits
   own = operand_range(x, grid, axes)
   return own if limits is None else grids.guarded(limits, own)
 
@@ -211,11 +247,11 @@ def check_storage(width: Any, storage_bits: int, name: str) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(spec, x, w, bits, limits, key):
-  return _forward(spec, x, w, bits, limits, key)[0]
+def _product(spec, x, w, bits, limits, key, gradient):
+  return _forward(spec, x, w, bits, limits, key, gradient)[0]
 
 
-def _forward(spec, x, w, bits, limits, key):
+def _forward(spec, x, w, bits, limits, key, gradient):
   quantization = spec.quantization
   x_limits, w_limits = limits
   qx = _quantize(
@@ -231,18 +267,25 @@ def _forward(spec, x, w, bits, limits, key):
     w, bits.weights, quantization.weights, w_limits, key, 2, quantization
   )
   y = spec.product(_values(qx, spec.dtypes[0]), _values(qw, spec.dtypes[1]))
-  return y, (qx, qw, bits.gradients, key)
+  return y, (qx, qw, bits.gradients, key, gradient)
 
 
 def _backward(spec, residuals, g):
-  qx, qw, gradient_bits, key = residuals
+  qx, qw, gradient_bits, key, previous = residuals
   if spec.quantization.storage_bits is not None:
     # Else a compiler may see that the forward pass decoded the same codes, and
     # keep the float tensors instead. (XLA drops the barrier on a CPU.)
     qx, qw = lax.optimization_barrier((qx, qw))
   grid = spec.quantization.gradients
   if grid is not None:
-    limits = grids.value_range(g, grids.channel_axes(grid, spec.gradient_axes))
+    if previous is None:
+      axes = grids.channel_axes(grid, spec.gradient_axes)
+      limits = grids.value_range(g, axes)
+    else:
+      own = spans.row_range(g)
+      limits = grids.guarded(spans.or_own(previous.limits, own), own)
+      # In place of a gradient of the probe, which has no effect.
+      previous = PreviousGradient(None, packed(own))
     quantized = grids.encode(
       g, gradient_bits, grid, limits, key=key, floor=None
     )
@@ -252,7 +295,7 @@ def _backward(spec, residuals, g):
   x, w = _values(qx, x_dtype), _values(qw, w_dtype)
   (dx,) = jax.linear_transpose(lambda v: spec.product(v, w), x)(g)
   (dw,) = jax.linear_transpose(lambda v: spec.product(x, v), w)(g)
-  return dx, dw, None, None, None
+  return dx, dw, None, None, None, previous
 
 
 _product.defvjp(_forward, _backward)

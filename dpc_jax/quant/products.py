@@ -1,12 +1,13 @@
 """A quantized product of two activations: attention's, and its kin."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpc_jax.quant import grids, layers, ops
+from dpc_jax.quant import grids, layers, ops, ranges
 
 
 class QuantProduct(nn.Module):
@@ -52,27 +53,29 @@ class QuantProduct(nn.Module):
     if self.quantization is None:
       return jnp.einsum(self.subscripts, lhs, rhs)
     quantization = _of_activations(self.quantization)
-    ranges = {}
-    if quantization.activations is not None:
-      batch = {
-        "": ops.operand_range(lhs, quantization.activations),
-        "rhs_": ops.operand_range(rhs, quantization.weights),
-      }
+
+    def measure(range_of):
+      found = {"": range_of(lhs), "rhs_": range_of(rhs)}
       if self.non_negative:
-        lo, hi = batch[""]
-        batch[""] = grids.Range(jnp.minimum(lo, 0), hi)
-      # The batch's own by name: the first one's may have been widened.
-      ranges = layers.running_ranges(self, batch) or batch
-    return ops.einsum(
+        lo, hi = found[""]
+        found[""] = grids.Range(jnp.minimum(lo, 0), hi)
+      return found
+
+    run = functools.partial(
+      ops.einsum,
       self.subscripts,
       lhs,
       rhs,
       bits=layers.layer_widths(self, quantization),
       quantization=quantization,
-      limits=ranges.get(""),
-      rhs_limits=ranges.get("rhs_"),
       key=layers.noise_key(self, quantization),
       keep_zeros=True,
+    )
+    found = ranges.layer_ranges(self, quantization, measure, run)
+    return run(
+      limits=found.limits.get(""),
+      rhs_limits=found.limits.get("rhs_"),
+      gradient=found.gradient,
     )
 
 

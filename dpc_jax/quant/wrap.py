@@ -3,14 +3,14 @@
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
 
 from dpc_jax.quant import grids, layers, ops
 
-Patterns = str | Sequence[str]
+Patterns = str | Collection[str]
 DEFAULT_QUANTIZATION = grids.Quantization()
 # Flax's own calls, as an interceptor sees them.
 _CALLS = frozenset(
@@ -46,7 +46,7 @@ def quantize(
 
   Raises:
     ValueError: at once, what is no Linen module or was returned by this
-      function, or a pattern that is no regular expression; in `init`, a
+      function, no `Quantization`, or no regular expression; in `init`, a
       pattern that matches no layer, or a `nn.scan` / `nn.vmap` in the model
       that does not carry the two collections; in `apply`, one that does not
       name the RNG stream `quant` in `split_rngs`. One that names it False
@@ -66,19 +66,30 @@ def quantize(
       "module is quantized already: pass its own `module`, and patterns for all"
       " of its layers"
     )
-  patterns = []
-  for name, value in (("include", include), ("exclude", exclude)):
-    value = () if value is None else value
-    value = (value,) if isinstance(value, str) else tuple(value)
-    for pattern in value:
-      try:
-        re.compile(pattern)
-      except re.error as error:
-        raise ValueError(
-          f"{name} = {pattern!r} is not a regular expression: {error}"
-        ) from None
-    patterns.append(value)
+  if not isinstance(quantization, grids.Quantization):
+    raise ValueError(
+      f"quantization = {quantization!r}: pass a dpc.Quantization"
+    )
+  patterns = (_patterns("include", include), _patterns("exclude", exclude))
   return Quantized(module, quantization, *patterns)
+
+
+def _patterns(name: str, value: Patterns | None) -> tuple[str, ...]:
+  """The patterns of an argument, each a regular expression."""
+  if value is None:
+    return ()
+  if isinstance(value, str) or not isinstance(value, Collection):
+    value = (value,)
+  for pattern in value:
+    if not isinstance(pattern, str):
+      raise ValueError(f"{name} = {pattern!r}: pass a pattern, or several")
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(
+        f"{name} = {pattern!r} is not a regular expression: {error}"
+      ) from None
+  return tuple(value)
 
 
 class Quantized(nn.Module):

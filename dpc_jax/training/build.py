@@ -121,7 +121,8 @@ def build(
     reader = sharding.rows_of_process(mesh)
     feed = feed_lib.make_feed(config, data, row_parts, reader)
   task = feed_lib.make_task(config, data, model)
-  costs = macs.layer_costs(model, feed.sample)
+  with _as_config_error("config.model"):
+    costs = macs.layer_costs(model, feed.sample)
   run = _describe(config, rows, costs)
   capacities = _capacities(model, feed.sample)
   schedule = make_schedule(config, run)
@@ -129,20 +130,13 @@ def build(
   carry = jax.eval_shape(lambda: task.initial_carry(config.batch_size))
   with _as_config_error("config.model"):
     init = state_lib.make_init(model, optimizer, schedule, feed.sample, carry)
-  with _as_config_error("config.precision"):
-    shapes = jax.eval_shape(init, jax.random.key(0))
   return Parts(
     config=config,
     data=data,
     feed=feed,
     task=task,
     mesh=mesh,
-    partition=partition.partition(
-      shapes.params,
-      mesh,
-      preset=config.mesh.sharding,
-      rules=config.mesh.rules or (),
-    ),
+    partition=_partition(config, init, mesh),
     model=model,
     optimizer=optimizer,
     schedule=schedule,
@@ -150,6 +144,17 @@ def build(
     costs=costs,
     static_bits=_static_bits(config, data.num_classes, feed.sample),
     init=init,
+  )
+
+
+def _partition(config, init, mesh) -> partition.Specs:
+  with _as_config_error("config.precision"):
+    shapes = jax.eval_shape(init, jax.random.key(0))
+  return partition.partition(
+    shapes.params,
+    mesh,
+    preset=config.mesh.sharding,
+    rules=config.mesh.rules or (),
   )
 
 

@@ -3,21 +3,36 @@
 import hashlib
 import json
 import math
+import os
 import pathlib
 from typing import Any
 
 import jax
 import ml_collections
 
-from dpc_jax.training import checks, config_precision
+from dpc_jax.training import checks, config_precision, partition
 from dpc_jax.training.checks import ConfigError
 
 OPTIMIZERS = ("sgd", "adamw")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine", "steps")
 MATMUL_PRECISIONS = (None, "default", "high", "highest")
-# Where the data lies and who decodes it is the machine's business, not the
-# run's.
-_NOT_COMPARED = ("data.dir", "data.workers")
+# Where the data lies, who decodes it, how the run is spread over devices, what
+# is kept of it and when it gives up: none of this changes a number of the run.
+_NOT_COMPARED = (
+  "checkpoint_every",
+  "keep_checkpoints",
+  "keep_best",
+  "max_skipped",
+  "data.dir",
+  "data.workers",
+  "mesh.data",
+  "mesh.fsdp",
+  "mesh.tensor",
+  "mesh.sharding",
+  "mesh.rules",
+)
+# Differences between two runs that one line names.
+_SHOWN = 5
 _MAX_SEED = 2**32 - 1
 _MAX_STEPS = 2**31 - 1  # the step is an int32
 
@@ -40,6 +55,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
   ):
     checks.check(config, name, config[name] >= 1, "must be at least 1")
   checks.check(
+    config,
+    "max_skipped",
+    config.max_skipped is None or config.max_skipped >= 1,
+    "must be at least 1, or None to stop at the first",
+  )
+  checks.check(
     config, "seed", 0 <= config.seed <= _MAX_SEED, "must be in 0..2^32-1"
   )
   for name in ("steps", "epochs"):
@@ -55,48 +76,36 @@ def validate(config: ml_collections.ConfigDict) -> None:
   checks.check_choice(config, "matmul_precision", MATMUL_PRECISIONS)
   config_precision.validate(config)
   _validate_optimizer(config)
-  for axis in ("fsdp", "tensor"):
-    checks.check(
-      config,
-      f"mesh.{axis}",
-      config.mesh[axis] == 1,
-      "only 1 is supported: the batch is sharded, parameters are replicated",
-    )
+  checks.check_choice(config, "mesh.sharding", (None, *partition.PRESETS))
 
 
 def _validate_data(config) -> None:
-  for name in ("unroll", "image_size", "workers"):
-    value = config.data[name]
-    checks.check(
-      config,
-      f"data.{name}",
-      value is None or value >= 1,
-      "must be at least 1, or left out",
-    )
+  checks.check_each(
+    config,
+    "data",
+    ("unroll", "image_size", "workers"),
+    checks.is_count,
+    "must be at least 1, or left out",
+  )
 
 
 def _validate_model(config) -> None:
-  model = config.model
-  for name in ("width", "layers", "heads", "mlp_width", "patch_size"):
-    checks.check(
-      config,
-      f"model.{name}",
-      model[name] is None or model[name] >= 1,
-      "must be at least 1",
-    )
-  for name in (
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "tail_dropout",
-  ):
-    checks.check(
-      config,
-      f"model.{name}",
-      model[name] is None or 0 <= model[name] < 1,
-      "must be in [0, 1)",
-    )
-  cutoffs = model.cutoffs
+  sizes = ("width", "widening", "layers", "heads", "mlp_width", "patch_size")
+  checks.check_each(
+    config, "model", sizes, checks.is_count, "must be at least 1, or left out"
+  )
+  checks.check_each(
+    config,
+    "model",
+    ("width_multiplier",),
+    checks.is_positive,
+    "must be finite and positive, or left out",
+  )
+  rates = ("dropout", "attention_dropout", "activation_dropout", "tail_dropout")
+  checks.check_each(
+    config, "model", rates, checks.is_rate, "must be in [0, 1), or left out"
+  )
+  cutoffs = config.model.cutoffs
   checks.check(
     config,
     "model.cutoffs",
@@ -113,28 +122,27 @@ def _validate_optimizer(config) -> None:
   optimizer = config.optimizer
   checks.check_choice(config, "optimizer.name", OPTIMIZERS)
   checks.check_choice(config, "optimizer.schedule", LEARNING_RATE_SCHEDULES)
-  for name in ("learning_rate", "weight_decay"):
-    value = optimizer[name]
-    checks.check(
-      config,
-      f"optimizer.{name}",
-      math.isfinite(value) and value >= 0,
-      "must be finite and not negative",
-    )
-  checks.check(
+  checks.check_each(
     config,
-    "optimizer.clip",
-    optimizer.clip is None
-    or (math.isfinite(optimizer.clip) and optimizer.clip > 0),
+    "optimizer",
+    ("learning_rate", "weight_decay"),
+    lambda value: math.isfinite(value) and value >= 0,
+    "must be finite and not negative",
+  )
+  checks.check_each(
+    config,
+    "optimizer",
+    ("clip",),
+    checks.is_positive,
     "must be positive, or left out",
   )
-  for name in ("momentum", "warmup"):
-    checks.check(
-      config,
-      f"optimizer.{name}",
-      0 <= optimizer[name] < 1,
-      "must be in [0, 1)",
-    )
+  checks.check_each(
+    config,
+    "optimizer",
+    ("momentum", "warmup"),
+    checks.is_rate,
+    "must be in [0, 1)",
+  )
   checks.check(
     config,
     "optimizer.boundaries",
@@ -159,7 +167,8 @@ def resolve(
   Args:
     config: a validated config.
     train_size: batch rows that make up one pass over the training split.
-    devices: devices on the mesh's data axis.
+    devices: devices on the mesh's axes data and fsdp, over which the rows of a
+      batch are split.
 
   Returns:
     The config with `steps` set; nothing in it depends on the devices.
@@ -173,7 +182,7 @@ def resolve(
     checks.fail(
       "batch_size",
       config.batch_size,
-      f"must be a multiple of the {devices} devices of mesh.data",
+      f"must be a multiple of the {devices} devices of mesh.data x mesh.fsdp",
     )
   if config.epochs is not None:
     # Whole steps; the summand is for 0.29 * 100 = 28.999999999999996.
@@ -217,8 +226,12 @@ def claim_workdir(config: Any, workdir: pathlib.Path) -> None:
   """
   path = workdir / "config.json"
   try:
+    if workdir.is_dir() and not os.access(workdir, os.W_OK):
+      raise ConfigError(
+        f"workdir = {workdir}: cannot be written; use another workdir"
+      )
     if path.exists():
-      _check_claim(config, workdir, path.read_text())
+      _check_claim(config, workdir, path.read_bytes())
     elif (workdir / "checkpoints").exists():
       raise ConfigError(
         f"workdir = {workdir}: holds checkpoints, but config.json is missing;"
@@ -238,19 +251,28 @@ def claim_workdir(config: Any, workdir: pathlib.Path) -> None:
 def _check_claim(config, workdir, text) -> None:
   try:
     there = _flat(json.loads(text))
-  except (json.JSONDecodeError, AttributeError):
+  except (ValueError, AttributeError):
     raise ConfigError(
       f"workdir = {workdir}: config.json is damaged; use another workdir"
     ) from None
   here = _compared(config)
   unread = config_precision.unread(config.precision)
-  for name in sorted({*here, *there} - set(_NOT_COMPARED)):
-    if not name.startswith(unread) and here.get(name) != there.get(name):
-      raise ConfigError(
-        f"workdir = {workdir}: holds a run with {name} ="
-        f" {there.get(name)!r}, not {here.get(name)!r}; use another workdir,"
-        " or delete it"
-      )
+  differences = [
+    f"{name}: there {_shown(there, name)}, here {_shown(here, name)}"
+    for name in sorted({*here, *there} - set(_NOT_COMPARED))
+    if not name.startswith(unread) and here.get(name) != there.get(name)
+  ]
+  if differences:
+    more = len(differences) - _SHOWN
+    shown = differences[:_SHOWN] + [f"and {more} more"] * (more > 0)
+    raise ConfigError(
+      f"workdir = {workdir}: holds another run; {'; '.join(shown)}; use another"
+      " workdir, or delete it"
+    )
+
+
+def _shown(fields: dict[str, Any], name: str) -> str:
+  return repr(fields[name]) if name in fields else "no such field"
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,11 @@ from typing import Any
 import ml_collections
 
 from dpc_jax.policy import dpc
+from dpc_jax.quant import grids
 from dpc_jax.training import checks, methods
+
+# Models with a layer that is called several times in a training step.
+WITHOUT_DELAYED_RANGES = ("lstm_lm",)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -77,6 +81,15 @@ def _validate_widths(config, static) -> None:
     )
   checks.check_choice(config, "precision.kind", ("affine", "symmetric"))
   checks.check_choice(config, "precision.storage_bits", (None, 8))
+  checks.check_choice(config, "precision.ranges", grids.RANGES)
+  checks.check(
+    config,
+    "precision.ranges",
+    precision.ranges == "batch"
+    or config.model.name not in WITHOUT_DELAYED_RANGES,
+    f"{config.model.name} loops over time, and all its steps are one layer's;"
+    " use batch",
+  )
   widest = static if static is not None else precision.b_max
   for name in ("weights", "activations"):
     width = widest if precision[name] is None else precision[name]

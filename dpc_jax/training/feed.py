@@ -158,7 +158,14 @@ def _text_feed(config, data, eval_rows, parts, reader) -> Feed:
       **reader,
     )
 
-  for split in data.splits.keys() - {"train"}:
+  for split, tokens in data.splits.items():
+    if split == "train":
+      continue
+    if config.eval_batch_size > len(tokens):
+      raise config_lib.ConfigError(
+        f"config.eval_batch_size = {config.eval_batch_size}: the split {split}"
+        f" has {len(tokens)} tokens; use 1..{len(tokens)}"
+      )
     evaluate(split)  # Checks, and reads nothing yet.
   longest = -(-len(data.splits["train"]) // config.batch_size)
   if config.data.unroll > longest:

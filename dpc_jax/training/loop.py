@@ -1,14 +1,12 @@
 """The training loop: build, compile once, train, evaluate, save, report."""
 
 import collections
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
 import ml_collections
-import numpy as np
 from jax.experimental import multihost_utils
 
 from dpc_jax.training import (
@@ -17,7 +15,10 @@ from dpc_jax.training import (
   build,
   checkpoint,
   config_precision,
-  methods,
+  health,
+  partition,
+  peers,
+  resume,
   sharding,
   termination,
 )
@@ -26,14 +27,10 @@ from dpc_jax.training import metrics as metrics_lib
 from dpc_jax.training import state as state_lib
 from dpc_jax.training import summary as summary_lib
 
-# Steps that may be under way on the device while the host goes on.
-_STEPS_AHEAD = 2
 # Steps whose metrics may wait on the device for the next log.
 _METRICS_HELD = 256
 
-
-class DivergedError(RuntimeError):
-  """The loss or the state is not finite; the message says what is left."""
+DivergedError = health.DivergedError
 
 
 def train_and_evaluate(
@@ -57,10 +54,15 @@ def train_and_evaluate(
 
   Raises:
     ConfigError: before anything is compiled, a mistake in the config, or a
-      workdir that holds another run; later only a threshold of
-      `precision.bounds` that no width reaches.
-    DivergedError: the loss, or a number in the state, is no longer finite;
-      no such state is ever saved.
+      workdir that holds another run; later only checkpoints that are all
+      damaged or do not fit, or a threshold of `precision.bounds` that no width
+      reaches.
+    DivergedError: a number in the state is no longer finite, or loss or
+      gradient were not in `max_skipped` steps in a row; no state is ever saved
+      that is not finite.
+
+  Where another process of the run is lost, this one ends some seconds after the
+  error that tells of it (see `dpc_jax.training.peers`).
   """
   workdir = pathlib.Path(workdir).expanduser()
   # Building reads the data: a signal that comes meanwhile must not be lost.
@@ -74,7 +76,8 @@ def train_and_evaluate(
       return done
     run = _Run(parts, workdir)
     try:
-      return run.train(is_stopping)
+      with peers.hurry():
+        return run.train(is_stopping)
     finally:
       run.close()
 
@@ -99,17 +102,23 @@ class _Run:
     self.progress.note(f"compiling for {environment['device']}")
     self.programs = build.compile_programs(parts)
     self.progress.note(f"compiled in {self.programs.seconds:.1f} s")
-    self.checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
+    self.checkpoints = checkpoint.Checkpoints(
+      workdir, config.keep_checkpoints, config.keep_best
+    )
     host = self._restore()
     self.sums = metrics_lib.Sums(**host["sums"])
     self.compile_seconds = host["compile_seconds"] + self.programs.seconds
     # The compiled step cannot be traced again: one for each start of the run.
     self.compile_count = host["compile_count"] + self.programs.traces[0]
     self.batches = parts.feed.train(self.step, config.steps)
-    self.is_finite = jax.jit(state_lib.is_finite)
+    self.health = health.Watch(parts, self.state)
     self.writer = metrics_lib.Writer(workdir)
     self.bits_log = None
-    self.owes_evaluation = self._cut_lines()
+    self.owes_evaluation = resume.cut_lines(
+      workdir, self.step, self._evaluates()
+    )
+    for step, score in resume.scores(workdir, parts.task.metric).items():
+      self.checkpoints.score(step, score)
     if jax.process_index() == 0:
       self.bits_log = bits_log.BitsLog(
         workdir / "bits.jsonl",
@@ -123,46 +132,15 @@ class _Run:
     self.watch = metrics_lib.Stopwatch(host["seconds"])
 
   def _restore(self) -> dict[str, Any]:
-    latest = self.checkpoints.latest_step()
-    if latest is None:
-      self.step = 0
-      self.state = self.programs.init()
-      return {
-        "sums": metrics_lib.Sums().as_dict(),
-        "seconds": 0.0,
-        "compile_seconds": 0.0,
-        "compile_count": 0,
-      }
-    self.step = latest
-    self.state, host = self.checkpoints.restore(latest, self.programs.abstract)
-    self.progress.note(f"going on from the checkpoint of step {latest}")
+    found = self.checkpoints.restore_newest(
+      self.programs.abstract, self.progress.note
+    )
+    if found is None:
+      self.step, self.state = 0, self.programs.init()
+      return resume.first_host()
+    self.step, self.state, host = found
+    self.progress.note(f"going on from the checkpoint of step {self.step}")
     return host
-
-  def _cut_lines(self) -> bool:
-    """Removes what came after the restored step.
-
-    Returns whether that step was saved, and then stopped or killed before its
-    evaluation was written; all processes agree on it.
-    """
-    owes = False
-    if jax.process_index() == 0:
-      step, path = self.step, self.workdir / "metrics.jsonl"
-      owes = self._evaluates() and not any(
-        line["step"] == step and line["split"] == "test"
-        for line in metrics_lib.read_lines(path)
-      )
-      metrics_lib.keep_lines(
-        path,
-        lambda line: (
-          line["step"] < step
-          or (line["step"] == step and (line["split"] == "train" or not owes))
-        ),
-      )
-      for name in ("bits.jsonl", bits_log.SIGNALS):
-        metrics_lib.keep_lines(
-          self.workdir / name, lambda line: line["step"] < step
-        )
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(owes)))
 
   def _evaluates(self) -> bool:
     """Whether an evaluation belongs to the current step."""
@@ -174,11 +152,10 @@ class _Run:
   def train(self, is_stopping: Callable[[int], bool]) -> dict[str, Any] | None:
     config = self.parts.config
     if self.step == 0:
-      bits = jax.device_get(state_lib.layer_bits(self.state))
-      self.progress.note(f"layers\n{summary_lib.layer_table(self.parts, bits)}")
+      self._show_layers()
     if self.owes_evaluation:
       self._evaluate()
-    pending = []
+    pending, ahead = [], sharding.steps_ahead()
     self.watch.resume()
     while self.step < config.steps:
       if self._finds_bounds():
@@ -190,11 +167,12 @@ class _Run:
       self.step += 1
       self.watch.count_step()
       pending.append(metrics)
-      if len(pending) > _STEPS_AHEAD:
-        jax.block_until_ready(pending[-1 - _STEPS_AHEAD])
+      done = len(pending) - ahead
+      if done > 0:
+        jax.block_until_ready(pending[done - 1])
       if len(pending) > _METRICS_HELD:
-        self.sums.add(pending[:-_STEPS_AHEAD])
-        del pending[:-_STEPS_AHEAD]
+        self.sums.add(pending[:done])
+        del pending[:done]
       is_last = self.step == config.steps
       # Asked once: a signal that comes during the evaluation stops the next
       # step, which is saved then.
@@ -207,7 +185,7 @@ class _Run:
       self.sums.add(pending)
       pending.clear()
       seconds_per_step = self.watch.seconds_per_step()
-      self._check_finite(state=evaluates or saves)
+      self._check(state=evaluates or saves)
       if logs:
         self._log(seconds_per_step)
       # Saved before it is evaluated: a machine that is taken away waits for
@@ -226,6 +204,19 @@ class _Run:
       self.watch.resume()
     return self._finish()
 
+  def _show_layers(self) -> None:
+    bits = jax.device_get(state_lib.layer_bits(self.state))
+    self.progress.note(f"layers\n{summary_lib.layer_table(self.parts, bits)}")
+    if any(self.parts.partition.values()):
+      self.progress.note(
+        "parameters\n"
+        + partition.table(
+          self.programs.abstract.params,
+          self.parts.partition,
+          self.parts.mesh,
+        )
+      )
+
   def _finds_bounds(self) -> bool:
     config = self.parts.config
     return (
@@ -235,7 +226,7 @@ class _Run:
 
   def _find_bounds(self) -> None:
     # A diverged run is no mistake of the thresholds.
-    if not self.is_finite(self.state):
+    if not self.health.is_finite(self.state):
       self._fail("the state is not finite")
     found = auto_bounds.find(self.parts, self.state)
     self._advance_bits_log()
@@ -250,16 +241,16 @@ class _Run:
     self.progress.note(auto_bounds.text(self.step, found))
     self.watch.resume()
 
-  def _check_finite(self, *, state: bool) -> None:
-    """Raises if a metric, or with `state` the state, is not finite."""
-    self._check_means(self.sums.means(), "")
-    if state and not self.is_finite(self.state):
-      self._fail("the state is not finite")
-
-  def _check_means(self, means: dict[str, float], split: str) -> None:
-    for name, value in means.items():
-      if not math.isfinite(value):
-        self._fail(f"the {split}{name} is {value}")
+  def _check(self, *, state: bool) -> None:
+    """Raises if the run has diverged, which `state` asks of the state, too."""
+    problem, warning = self.health.skipped(self.state, self.step)
+    if warning is not None:
+      self.progress.note(warning)
+    problem = problem or health.not_finite(self.sums.means(), "")
+    if problem is None and state and not self.health.is_finite(self.state):
+      problem = "the state is not finite"
+    if problem is not None:
+      self._fail(problem)
 
   def _fail(self, what: str) -> NoReturn:
     self.checkpoints.wait()
@@ -276,17 +267,24 @@ class _Run:
 
   def _log(self, seconds_per_step: float) -> None:
     config = self.parts.config
-    values = self._position() | self.sums.means()
+    means = self.sums.means()
+    values = self._position() | means
+    values["skipped_steps"] = int(self.state.skips.total)
     # A batch of text may end in filling, which is no token.
     steps = (self.step - 1) % config.log_every + 1
     per_step = self.sums.count / steps
     values[f"{self.parts.task.unit}_per_second"] = per_step / seconds_per_step
     self.sums = metrics_lib.Sums()
     self._advance_bits_log()
-    self.writer.write(self.step, "train", values)
     self.writer.write_bits(
       self.step, jax.device_get(state_lib.layer_bits(self.state))
     )
+    for line in self.health.dead(self.state):
+      self.progress.note(line)
+    # Where all steps were skipped there is no mean.
+    if not means:
+      return
+    self.writer.write(self.step, "train", values)
     left = seconds_per_step * (config.steps - self.step)
     self.progress.show(self.step, values | {"seconds_left": left})
 
@@ -305,7 +303,13 @@ class _Run:
         continue
       start = self.watch.seconds()
       means = self._evaluate_split(split)
-      self._check_means(means, f"{split} ")
+      problem = health.not_finite(means, f"{split} ")
+      if problem is not None:
+        self._fail(problem)
+      if split == "validation":
+        metric = self.parts.task.metric
+        score = resume.score(means[metric], metric)
+        self.checkpoints.score(self.step, score)
       count = len(self.parts.data.splits[split])
       values = self._position() | means
       rate = count / (self.watch.seconds() - start)
@@ -316,14 +320,14 @@ class _Run:
 
   def _evaluate_split(self, split: str) -> dict[str, float]:
     sums = metrics_lib.Sums()
-    pending = collections.deque()
+    pending, ahead = collections.deque(), sharding.steps_ahead()
     carry = self.programs.eval_carry()
     for rows in self.parts.feed.evaluate(split):
       metrics, carry = self.programs.eval_step(
         self.state, sharding.put_batch(rows, self.parts.mesh), carry
       )
       pending.append(metrics)
-      if len(pending) > _STEPS_AHEAD:
+      if len(pending) > ahead:
         sums.add([pending.popleft()])
     sums.add(pending)
     return sums.means()
@@ -375,22 +379,13 @@ class _Run:
       summary_lib.read_lines(self.workdir),
     )
     summary |= {
-      **self._bounds(),
+      **summary_lib.bounds(self.parts.config, self.workdir),
+      "skipped_steps": int(self.state.skips.total),
       "seconds": self.watch.seconds(),
       "compile_seconds": self.compile_seconds,
       "compile_count": self.compile_count,
     }
     return summary | summary_lib.environment(self.parts.mesh)
-
-  def _bounds(self) -> dict[str, int]:
-    """b_min and b_max of the run; {} of a method without bounds."""
-    config = self.parts.config
-    if not methods.has_bounds(config.precision.method):
-      return {}
-    bounds = config.precision
-    if config_precision.finds_bounds(config):
-      bounds = auto_bounds.read(self.workdir)
-    return {name: bounds[name] for name in ("b_min", "b_max")}
 
   def close(self) -> None:
     self.progress.close()

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from dpc_jax.training import tasks
+from dpc_jax.training import checks, tasks
 
 
 class Sums:
@@ -40,8 +40,11 @@ class Sums:
     """Per example: loss in nats, and what it is worth.
 
     That is `accuracy`, in [0, 1], where right answers were counted, else
-    `perplexity`, exp(loss), which may be inf.
+    `perplexity`, exp(loss), which may be inf. {} if nothing was counted, as in
+    steps that were all skipped.
     """
+    if self.count == 0:
+      return {}
     loss = self.loss / self.count
     if self.correct is not None:
       return {"loss": loss, "accuracy": self.correct / self.count}
@@ -62,17 +65,27 @@ def as_text(values: Mapping[str, float]) -> str:
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
   """The objects of a JSON-lines file; [] if there is none.
 
-  A line cut short, by a kill, is left out.
+  A last line cut short, by a kill, is left out.
+
+  Raises:
+    ConfigError: another line is damaged.
   """
   if not path.exists():
     return []
-  lines = []
-  for line in path.read_text().splitlines():
+  objects, lines = [], path.read_bytes().splitlines()
+  for number, line in enumerate(lines, 1):
     try:
-      lines.append(json.loads(line))
-    except json.JSONDecodeError:
-      continue
-  return lines
+      found = json.loads(line)
+    except ValueError:
+      found = None
+    if isinstance(found, dict):
+      objects.append(found)
+    elif number < len(lines):
+      raise checks.ConfigError(
+        f"workdir = {path.parent}: line {number} of {path.name} is damaged;"
+        " remove that line, or use another workdir"
+      )
+  return objects
 
 
 def keep_lines(

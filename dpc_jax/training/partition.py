@@ -175,7 +175,10 @@ def _parsed(rule) -> tuple[re.Pattern, tuple[Any, ...]]:
   pattern, entries = rule
   if not isinstance(pattern, str) or not isinstance(entries, list | tuple):
     checks.fail("mesh.rules", rule, remedy)
-  for name in (name for entry in entries for name in _axes_of(entry)):
+  names = [name for entry in entries for name in _axes_of(entry)]
+  if len(set(names)) < len(names):
+    checks.fail("mesh.rules", rule, "an axis of the mesh splits one axis only")
+  for name in names:
     if name not in PARAMETER_AXES:
       checks.fail(
         "mesh.rules",

@@ -77,10 +77,14 @@ def _fill(sizes, available) -> tuple[int, ...]:
   if len(open_axes) > 1:
     checks.fail(f"mesh.{open_axes[1]}", None, "only one axis can be the rest")
   if open_axes and available % given:
+    # The first axis of several that is not 1 is as good a culprit as any.
+    axis, size = next(
+      (a, s) for a, s in zip(AXES, sizes, strict=True) if s not in (None, 1)
+    )
     checks.fail(
-      f"mesh.{open_axes[0]}",
-      None,
-      f"{available} devices are no multiple of the other axes' {given}",
+      f"mesh.{axis}",
+      size,
+      f"the {available} devices are no multiple of {given}; use a divisor",
     )
   return tuple(available // given if s is None else s for s in sizes)
 

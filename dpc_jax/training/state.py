@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import flax.linen as nn
@@ -14,6 +14,26 @@ import optax
 from dpc_jax.cost import bitops
 from dpc_jax.policy import capacity, schedules, statistics
 from dpc_jax.quant import grids, precision
+from dpc_jax.training import tasks
+
+# Fields that checkpoints of older programs lack; they start as in a new run.
+ADDED = ("skips",)
+
+
+class Skips(NamedTuple):
+  """Steps whose update was left out, as a loss or gradient was not finite.
+
+  Attributes:
+    total: int32 (), of the whole run.
+    in_row: int32 (), up to the last step done; 0 if that one was taken.
+    leaf: int32 (), whose gradient it was in the latest of them: n for the n-th
+      leaf of `params`, the first of those; 0 if the loss itself was not finite,
+      or before any.
+  """
+
+  total: Any = np.int32(0)
+  in_row: Any = np.int32(0)
+  leaf: Any = np.int32(0)
 
 
 @flax.struct.dataclass
@@ -33,6 +53,7 @@ class TrainState:
     carry: a recurrent model's state after the last batch, arrays with a leading
       axis of the batch; () for other models.
     loss: float32 (), the mean over the last batch; NaN before the first.
+    skips: counts of the steps whose update was left out.
   """
 
   step: jax.Array
@@ -44,6 +65,7 @@ class TrainState:
   rng: jax.Array | None
   carry: Any = ()
   loss: Any = np.float32(math.nan)
+  skips: Skips = Skips()
 
 
 def schedule_inputs(
@@ -121,9 +143,58 @@ def make_init(
       rng=run_key,
       carry=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry),
       loss=jnp.float32(math.nan),
+      skips=jax.tree.map(jnp.asarray, Skips()),
     )
 
   return init
+
+
+def keep_if_finite(
+  old: TrainState, new: TrainState, grads: Any, metrics: tasks.Metrics
+) -> tuple[TrainState, tasks.Metrics]:
+  """Takes a step, or skips its update if loss or gradient is not finite.
+
+  A skipped step (our decision) leaves params, model_state, opt_state, carry and
+  loss as they were. What does not depend on the batch goes on: the step and
+  with it the noise, the schedule, the widths that it set, and the cost, which
+  was spent. So the optimizer's own count, and a learning rate that follows it,
+  lags a step behind. Its metrics are zero and leave sums as they are.
+
+  Args:
+    old: before the step.
+    new: after it.
+    grads: of `params`, as they came from the batch.
+    metrics: of the batch.
+
+  Returns:
+    (state, metrics), of the structure of `new` and `metrics`.
+  """
+  leaves = jax.tree.leaves(grads)
+  finite = jnp.stack([jnp.all(jnp.isfinite(g)) for g in leaves])
+  loss_is_finite = jnp.isfinite(new.loss)
+  taken = loss_is_finite & jnp.all(finite)
+
+  def select(new_tree, old_tree):
+    return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new_tree, old_tree)
+
+  model_state = select(new.model_state, old.model_state)
+  if "precision" in new.model_state:
+    model_state["precision"] = new.model_state["precision"]
+  leaf = jnp.where(loss_is_finite, 1 + jnp.argmin(finite), 0)
+  skips = Skips(
+    total=old.skips.total + ~taken,
+    in_row=jnp.where(taken, 0, old.skips.in_row + 1),
+    leaf=jnp.where(taken, old.skips.leaf, leaf),
+  )
+  state = new.replace(
+    params=select(new.params, old.params),
+    model_state=model_state,
+    opt_state=select(new.opt_state, old.opt_state),
+    carry=select(new.carry, old.carry),
+    loss=jnp.where(taken, new.loss, old.loss),
+    skips=jax.tree.map(lambda x: x.astype(jnp.int32), skips),
+  )
+  return state, jax.tree.map(lambda x: jnp.where(taken, x, 0), metrics)
 
 
 def layer_bits(state: TrainState) -> dict[str, grids.LayerBits]:

@@ -13,10 +13,11 @@ import optax
 
 from dpc_jax.cost import bitops
 from dpc_jax.policy import schedules
-from dpc_jax.quant import precision
+from dpc_jax.quant import delayed, precision
 from dpc_jax.training import state as state_lib
 from dpc_jax.training import tasks
 
+Gather = Callable[[Any], Any]
 RNG_STREAMS = ("augment", "dropout", "quant")
 
 
@@ -25,6 +26,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   schedule: schedules.Schedule,
   task: tasks.Task,
+  gather: Gather | None = None,
 ) -> Callable[
   [state_lib.TrainState, tasks.Batch],
   tuple[state_lib.TrainState, tasks.Metrics],
@@ -32,8 +34,17 @@ def make_train_step(
   """Returns `train_step(state, batch) -> (state, metrics)`.
 
   The task says what a batch holds. The loss is the mean cross-entropy over the
-  whole batch, on all devices together. Noise is a function of `state.rng`, the
-  step, and an element's place in the global batch.
+  whole batch, on all devices together; where it or its gradient is not finite,
+  the update is left out (see `state.keep_if_finite`). Noise is a function of
+  `state.rng`, the step, and an element's place in the global batch.
+
+  Args:
+    model: of the task.
+    optimizer: of its parameters.
+    schedule: of its widths.
+    task: what a batch holds, and what the loss is.
+    gather: parameters as the optimizer holds them -> as the products take
+      them; see `sharding.make_gather`.
 
   Raises:
     ValueError: from `train_step`, with `state.rng` None and quantized layers,
@@ -43,27 +54,13 @@ def make_train_step(
 
   def train_step(state, batch):
     rngs = _rngs(state, may_be_random)
-    augment = rngs.pop("augment", None)
     bits, schedule_state = state_lib.update_schedule(schedule, state)
     model_state = state.model_state
     if bits:
       model_state = precision.assign_bits(model_state, bits)
-    args, kwargs = task.inputs(batch, state.carry, augment)
-
-    def loss_fn(params):
-      output, updates = model.apply(
-        {"params": params, **model_state},
-        *args,
-        **kwargs,
-        train=True,
-        mutable=[name for name in model_state if name != "precision"],
-        rngs=rngs,
-      )
-      metrics, carry = task.outputs(output, batch)
-      return metrics.loss / metrics.count, (metrics, carry, updates)
-
-    gradient = jax.grad(loss_fn, has_aux=True)
-    grads, (metrics, carry, updates) = gradient(state.params)
+    grads, (metrics, carry, updates) = _differentiate(
+      model, task, gather, state, model_state, batch, rngs
+    )
     deltas, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new_state = state.replace(
       step=state.step + 1,
@@ -75,7 +72,7 @@ def make_train_step(
       carry=carry,
       loss=metrics.loss / metrics.count,
     )
-    return new_state, metrics
+    return state_lib.keep_if_finite(state, new_state, grads, metrics)
 
   return train_step
 
@@ -84,6 +81,7 @@ def make_eval_step(
   model: nn.Module,
   task: tasks.Task,
   schedule: schedules.Schedule | None = None,
+  gather: Gather | None = None,
 ) -> Callable[..., tuple[tasks.Metrics, Any]]:
   """Returns `eval_step(state, batch, carry) -> (metrics, carry)`.
 
@@ -100,7 +98,7 @@ def make_eval_step(
       )
     args, kwargs = task.inputs(batch, carry, None)
     output = model.apply(
-      {"params": state.params, **model_state},
+      {"params": _gathered(state.params, gather), **model_state},
       *args,
       **kwargs,
       train=False,
@@ -109,6 +107,35 @@ def make_eval_step(
     return task.outputs(output, batch)
 
   return eval_step
+
+
+def _differentiate(model, task, gather, state, model_state, batch, rngs):
+  """(gradients, (metrics, carry, updated collections)) of a batch."""
+  rngs = dict(rngs)
+  augment = rngs.pop("augment", None)
+  args, kwargs = task.inputs(batch, state.carry, augment)
+  kwargs = {**kwargs, "train": True, "rngs": rngs}
+  variables = {"params": state.params, **model_state}
+  probes = delayed.probes(model, variables, *args, **kwargs)
+
+  def loss_fn(params, probes):
+    output, updates = model.apply(
+      {"params": _gathered(params, gather), **model_state, **probes},
+      *args,
+      **kwargs,
+      mutable=[n for n in (*model_state, *probes) if n != "precision"],
+    )
+    metrics, carry = task.outputs(output, batch)
+    return metrics.loss / metrics.count, (metrics, carry, updates)
+
+  gradient = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)
+  (grads, ranges), aux = gradient(state.params, probes)
+  metrics, carry, updates = aux
+  return grads, (metrics, carry, delayed.settle(updates, ranges))
+
+
+def _gathered(params, gather):
+  return params if gather is None else gather(params)
 
 
 def _may_be_random(model: nn.Module) -> bool:

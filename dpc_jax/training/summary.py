@@ -10,7 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpc_jax.cost import bitops
-from dpc_jax.training import build
+from dpc_jax.training import (
+  auto_bounds,
+  build,
+  checks,
+  config_precision,
+  methods,
+)
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import metrics as metrics_lib
 
@@ -111,6 +117,16 @@ def _at_best_validation(metric, lines) -> dict[str, float]:
   }
 
 
+def bounds(config: Any, workdir: pathlib.Path) -> dict[str, int]:
+  """b_min and b_max of the run; {} of a method without bounds."""
+  if not methods.has_bounds(config.precision.method):
+    return {}
+  found = config.precision
+  if config_precision.finds_bounds(config):
+    found = auto_bounds.read(workdir)
+  return {name: found[name] for name in ("b_min", "b_max")}
+
+
 def test_text(summary: dict[str, Any]) -> str:
   """The final test metric in words."""
   metric = summary["metric"]
@@ -131,9 +147,24 @@ def environment(mesh: Mesh) -> dict[str, Any]:
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any] | None:
-  """The summary of a finished run, or None."""
+  """The summary of a finished run, or None.
+
+  Raises:
+    ConfigError: it is damaged.
+  """
   path = workdir / "summary.json"
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  try:
+    summary = json.loads(path.read_bytes())
+  except ValueError:
+    summary = None
+  if not isinstance(summary, dict):
+    raise checks.ConfigError(
+      f"workdir = {workdir}: summary.json is damaged; remove it, and the run"
+      " goes on from its last checkpoint"
+    )
+  return summary
 
 
 def write(workdir: pathlib.Path, summary: dict[str, Any]) -> None:

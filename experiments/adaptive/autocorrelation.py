@@ -152,6 +152,7 @@ def main() -> None:
       f"--at={','.join(_AT.value)}: a window of {_WINDOW.value} steps must lie"
       f" in the run; use 0..{last}"
     )
+  workdir = cli.make_workdir()
   result = measure(parts, starts, _WINDOW.value)
   for start, layers in result.items():
     table = [
@@ -160,8 +161,6 @@ def main() -> None:
     ]
     print(f"\nsteps {start} to {start + _WINDOW.value - 1}\n")
     print(report.text_table(table, ("layer", *(f"lag {n}" for n in _LAGS))))
-  workdir = pathlib.Path(cli.FLAGS.workdir).expanduser()
-  workdir.mkdir(parents=True, exist_ok=True)
   command = " ".join(
     [
       "python -m experiments.adaptive.autocorrelation",

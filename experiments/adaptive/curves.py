@@ -6,7 +6,6 @@ RUN is a workdir of `experiments.train` or `experiments.compare`; the picture is
 RUN/adaptive.png.
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -14,13 +13,12 @@ from collections.abc import Sequence
 
 from dpc_jax.analysis import adaptive_plot
 from dpc_jax.training import bits_log, metrics
+from experiments import arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Draws a picture into every run's folder; returns the exit code."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = arguments.Parser("experiments.adaptive.curves", __doc__)
   parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN")
   for run in parser.parse_args(argv).runs:
     try:

@@ -12,7 +12,6 @@ per second of processor time, which they hardly touch. From the latter:
   cores = chips * images/s of a chip / images/s of a core
 """
 
-import argparse
 import importlib.metadata
 import json
 import math
@@ -28,6 +27,7 @@ from typing import Any
 
 from dpc_jax.analysis import report
 from dpc_jax.data import imagenet, sources
+from experiments import arguments
 
 _PACKAGES = ("array-record", "grain", "numpy", "Pillow", "tensorflow-datasets")
 _RESULTS = pathlib.Path(__file__).parents[1] / "results"
@@ -176,11 +176,7 @@ def _print(results: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
   """Measures, prints a table, writes the JSON file."""
   argv = sys.argv[1:] if argv is None else list(argv)
-  parser = argparse.ArgumentParser(
-    prog="python -m experiments.bench.input",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = arguments.Parser("experiments.bench.input", __doc__)
   parser.add_argument("--data_dir", help="of tfds data sets")
   parser.add_argument("--steps", type=int, default=16, help="per round")
   parser.add_argument("--rounds", type=int, default=3)
@@ -193,7 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     for field in ("steps", "rounds"):
       if getattr(flags, field) < 1:
-        raise ValueError(f"--{field} must be at least 1")
+        raise ValueError(
+          f"--{field}={getattr(flags, field)}: must be at least 1"
+        )
     if not hasattr(os, "sched_setaffinity"):
       raise ValueError("this system cannot bind a process to cores; use Linux")
     if len(os.sched_getaffinity(0)) < 2:

@@ -13,7 +13,6 @@ for: arguments, results and temporaries, less what they share.
 
 import copy
 import json
-import pathlib
 import re
 import shlex
 import statistics
@@ -170,14 +169,14 @@ def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
 def main() -> None:
   """Measures `--config`, prints a table, writes the JSON file."""
   start = time.perf_counter()
+  workdir = cli.make_workdir()
   results = measure(cli.FLAGS.config, _ROUNDS.value, _STEPS.value)
   results["command"] = " ".join(
     ["python -m experiments.bench.step", *map(shlex.quote, sys.argv[1:])]
   )
   results["wall_seconds"] = time.perf_counter() - start
   name = f"step_{results['model']}_{_slug(results['device'])}.json"
-  path = pathlib.Path(cli.FLAGS.workdir) / name
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path = workdir / name
   path.write_text(json.dumps(results, indent=2) + "\n")
   unit = results["unit"]
   header = (

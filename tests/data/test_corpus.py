@@ -187,6 +187,7 @@ def _load_error(small, kind=ValueError) -> str:
     (lambda packed: b"", "is empty"),
     (lambda packed: gzip.compress(b"\n \n"), "is empty"),
     (lambda packed: gzip.compress(b"a\n\xff\xfe"), "is not UTF-8 text"),
+    (lambda packed: gzip.compress(bytes(9)), "is not the validation split"),
     (lambda packed: gzip.compress(b"b a\n"), "is not the validation split of"),
   ],
 )
@@ -197,6 +198,39 @@ def test_bad_file_is_named_with_its_remedy(small, damage, reason):
   assert f"{path} {reason}" in message
   assert "replace it by the one from https://" in message
   assert "ptb.valid.txt" in message
+
+
+def test_file_that_cannot_be_read_is_named(small, monkeypatch):
+  path = small[1]["validation"]
+
+  def refuse(*args, **kwargs):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(text_files.gzip, "open", refuse)
+  message = _load_error(small)
+  assert "ptb.train.txt.gz cannot be read (Permission denied)" in message
+  assert path.exists()
+
+
+def test_prepared_line_that_is_no_text_is_named(small, monkeypatch):
+  records = [{"text": b"a"}, {"text": b"\xff\x00"}]
+
+  class Records:
+    def __init__(self, *args, **kwargs):
+      pass
+
+    def __len__(self):
+      return len(records)
+
+    def __getitems__(self, indices):
+      return [records[i] for i in indices]
+
+  monkeypatch.setattr(corpus.prepared, "Records", Records)
+  with pytest.raises(corpus.prepared.DataError) as info:
+    list(corpus._texts("ptb", small[0], "train"))
+  message = one_line(info)
+  assert "data.name='ptb': line 1 of tfds' split 'train'" in message
+  assert "is not UTF-8 text (invalid start byte); prepare" in message
 
 
 def test_missing_split_is_named(small):

@@ -374,8 +374,8 @@ def _bomb() -> bytes:
 
 
 def test_what_pillow_cannot_unpack_is_one_line(monkeypatch):
-  def fail(file):
-    del file
+  def fail(file, formats):
+    del file, formats
     raise struct.error("unpack requires a buffer of 2 bytes")
 
   monkeypatch.setattr(Image, "open", fail)
@@ -383,16 +383,46 @@ def test_what_pillow_cannot_unpack_is_one_line(monkeypatch):
     decode.eval_image(b"", image_size=8)
 
 
+# Pillow has EPS drawn by another program: what is read must not run.
+_EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nquit\n"
+_GIF = _encode(Image.new("L", (9, 9)), "GIF")
+
+
 @pytest.mark.parametrize(
-  "encoded", [b"", b"GIF89a", b"\xff\xd8\xff\xe0" * 9, _bomb()]
+  "encoded",
+  [
+    b"",
+    bytes(500),
+    np.random.default_rng(0).bytes(500),
+    "no image, but text: ß".encode(),
+    b"GIF89a",
+    b"\xff\xd8\xff\xe0" * 9,
+    _GIF,
+    _EPS,
+    _bomb(),
+    None,
+  ],
+  ids=range(10),
 )
 def test_what_is_no_image_is_one_line(encoded):
   uniforms = np.zeros(decode.UNIFORMS)
   with pytest.raises(decode.DamagedImageError) as info:
     decode.train_image(encoded, image_size=8, uniforms=uniforms)
   assert "0x" not in _one_line(info)
+  if encoded in (_EPS, _GIF):
+    assert "not a JPEG or PNG file" in _one_line(info)
   with pytest.raises(decode.DamagedImageError):
     decode.eval_image(encoded, image_size=8)
+
+
+@pytest.mark.parametrize("label", [-1, 1000, None])
+def test_label_of_no_class_is_one_line(label):
+  record = {"image": _encode(Image.new("L", (9, 9))), "label": label}
+  split = imagenet.StreamedSplit([record], None, "train")
+  message = f"image 0 of .* 'train' .*its label is {label}, none of 0..999"
+  with pytest.raises(data_lib.DataError, match=message) as info:
+    split[0]
+  _one_line(info)
 
 
 def test_uniform_numbers_are_the_recorded_ones():

@@ -454,7 +454,9 @@ def test_damaged_shard_is_one_line(copied, size):
   ("damage", "reason"),
   [
     (lambda encoded: encoded[:60], "truncated"),
-    (lambda encoded: b"text", "not an image file"),
+    (lambda encoded: b"text", "not a JPEG or PNG file"),
+    (lambda encoded: bytes(200), "not a JPEG or PNG file"),
+    (lambda encoded: None, "NoneType instead of bytes"),
     (lambda encoded: _png(31, 32), "31x32 pixels instead of 32x32"),
   ],
 )
@@ -470,6 +472,32 @@ def test_damaged_image_is_one_line(monkeypatch, damage, reason):
     assert part in _one_line(info)
 
 
+@pytest.mark.parametrize("label", [-1, 10, 2**40, 3.5, None])
+def test_damaged_label_is_one_line(monkeypatch, label):
+  records = fake.cifar(10)
+  whole = list(records["test"])
+  whole[5] = whole[5] | {"label": label}
+  records["test"] = fake.Records(whole)
+  monkeypatch.setattr(fake, "cifar", lambda num_classes: records)
+  with pytest.raises(data_lib.DataError, match="image 5 of tfds'") as info:
+    sources.load("cifar10", fake=True)
+  assert f"its label is {label}, none of 0..9" in _one_line(info)
+
+
+@pytest.mark.parametrize("record", [bytes(100), b"\x8f\xffrandom" * 9])
+def test_record_that_is_no_example_is_one_line(copied, record):
+  from array_record.python import array_record_module
+
+  shard = copied / "cifar10-train.array_record-00000-of-00001"
+  writer = array_record_module.ArrayRecordWriter(str(shard), "group_size:1")
+  for _ in range(40):
+    writer.write(record)
+  writer.close()
+  with pytest.raises(data_lib.DataError, match="is damaged") as info:
+    sources.load("cifar10", data_dir=copied.parents[1])
+  assert str(copied) in _one_line(info)
+
+
 def _png(width: int, height: int) -> bytes:
   encoded = io.BytesIO()
   Image.new("RGB", (width, height)).save(encoded, "PNG")
@@ -477,11 +505,30 @@ def _png(width: int, height: int) -> bytes:
 
 
 def test_damaged_description_is_one_line(copied):
+  whole = (copied / "dataset_info.json").read_text()
   (copied / "dataset_info.json").write_text("{")
   with pytest.raises(ValueError, match="is not JSON") as info:
     sources.load("cifar10", data_dir=copied.parents[1])
   _one_line(info)
-  (copied / "dataset_info.json").write_text("{}")
+  text = (copied / "features.json").read_text()
+  info = json.loads(whole)
+  for wrong, message in (
+    ("[]", "dataset_info.json is no description; remove"),
+    ("{}", "holds None; remove"),
+    (json.dumps(info | {"name": "cifar100"}), "holds 'cifar100'; remove"),
+    (json.dumps(info | {"version": "3"}), "is wrong (Invalid version '3'"),
+    (json.dumps(info | {"splits": 3}), "is wrong (Failed to parse splits"),
+  ):
+    (copied / "dataset_info.json").write_text(wrong)
+    with pytest.raises(ValueError, match="'cifar10'") as raised:
+      sources.load("cifar10", data_dir=copied.parents[1])
+    assert message in _one_line(raised)
+  (copied / "dataset_info.json").write_text(whole)
+  (copied / "features.json").write_text("{}")
+  with pytest.raises(ValueError, match="is wrong") as raised:
+    sources.load("cifar10", data_dir=copied.parents[1])
+  _one_line(raised)
+  (copied / "features.json").write_text(text)
   (copied / "features.json").unlink()
   with pytest.raises(FileNotFoundError, match=r"features\.json is missing"):
     sources.load("cifar10", data_dir=copied.parents[1])

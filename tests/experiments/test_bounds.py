@@ -219,7 +219,7 @@ def test_a_threshold_out_of_reach_shows_all_and_fails(command, tmp_path):
     (["--steps=1", "--checkpoint=x"], "--steps=1: means nothing beside"),
     (["--checkpoint=no/such"], "--checkpoint=no/such: holds no run; name"),
     (["--config.model.name=lstm"], "config.model"),
-    (["--step=1"], "Unknown command line flag 'step'"),
+    (["--step=1"], "--step: no such flag; did you mean --steps?"),
   ],
   ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

@@ -55,7 +55,14 @@ MISTAKES = [
   ([DIGITS, "--workdir="], "--workdir is missing; see --help"),
   ([DIGITS, "--workdir"], "workdir"),
   ([DIGITS, "--workdir=W", "stray"], "unexpected argument 'stray'"),
-  ([DIGITS, "--workdir=W", "--epochs=2"], "Unknown command line flag 'epochs'"),
+  (
+    [DIGITS, "--workdir=W", "--epochs=2"],
+    "--epochs: no such flag; did you mean --config.epochs?",
+  ),
+  (
+    [DIGITS, "--workdir=W", "--learning_rate=2"],
+    "did you mean --config.optimizer.learning_rate?",
+  ),
   # Recipes.
   (
     ["--config=configs/digits.py:dpc", "--workdir=W"],
@@ -118,7 +125,7 @@ MISTAKES = [
   # Data.
   (
     ["--config=configs/cifar10_resnet8.py:dpc", "--workdir=W"],
-    "no prepared cifar10 in",
+    "(TFDS_DATA_DIR) does not exist; correct it, or prepare it once",
   ),
   (
     [DIGITS, "--workdir=W", "--config.data.name=svhn"],
@@ -180,7 +187,7 @@ def test_a_workdir_of_another_config(command, tmp_path, monkeypatch):
   code, _, err = command(DIGITS, flag, "--config.seed=1")
   assert code == 2
   assert err.count("\n") == 1
-  assert f"{tmp_path}: holds a run with seed = 0, not 1; use another" in err
+  assert f"{tmp_path}: holds another run; seed: there 0, here 1; use" in err
   (tmp_path / "config.json").write_text("{")
   code, _, err = command(DIGITS, flag)
   assert code == 2
@@ -200,6 +207,28 @@ def test_help(command, flag):
   assert "--config.FIELD=VALUE" in out
   assert len(out) < 2000
   assert all(len(line) <= 80 for line in out.splitlines())
+
+
+@pytest.mark.parametrize("flag", ["--debug", "-debug=TRUE"])
+def test_debug_shows_where_it_comes_from(command, tmp_path, flag):
+  arguments = (DIGITS, f"--workdir={tmp_path}/run", "--config.steps=0")
+  code, out, err = command(*arguments, flag)
+  assert (code, out) == (2, "")
+  assert err.startswith("Traceback (most recent call last):\n")
+  assert "config.py" in err
+  assert "ConfigError: config.steps = 0: must be positive" in err
+  code, _, err = command(*arguments, "--nodebug")
+  assert (code, err.count("\n")) == (2, 1)
+  text = "def get_config():\n  return {}['lr']\n"
+  arguments = (recipe(tmp_path, text), f"--workdir={tmp_path}/run")
+  code, _, err = command(*arguments, flag)
+  assert code == 2
+  assert "line 2, in get_config" in err
+  arguments = (DIGITS, "--workdir=x", flag)
+  error = loop.DivergedError("the loss is nan")
+  code, _, err = command(*arguments, main=raises(error))
+  assert code == 1
+  assert "in main" in err and "DivergedError: the loss is nan" in err
 
 
 def raises(error):

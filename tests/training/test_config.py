@@ -58,9 +58,10 @@ MISTAKES = [
     "config.matmul_precision = 'best': use one of none, default, high, highest",
   ),
   ({"data.name": "mnist"}, "data.name='mnist' is unknown; choose one of cifar"),
+  ({"data.name": "CIFAR-10"}, "did you mean 'cifar10'? choose one of cifar10,"),
   (
     {"data.name": "cifar10", "data.dir": "/nowhere"},
-    "no prepared cifar10 in /nowhere",
+    "'cifar10': /nowhere (data.dir) does not exist; correct it, or prepare",
   ),
   ({"data.holdout": -1}, "data.holdout=-1 is negative"),
   ({"data.holdout": 1437}, "data.holdout=1437 leaves no training image"),
@@ -75,7 +76,10 @@ MISTAKES = [
     {"data.train_size": 100, **TEXT},
     "data.train_size=100: text is read whole; leave it out",
   ),
-  ({"model.name": "resnet9"}, "model.name = 'resnet9' is unknown; use one of"),
+  (
+    {"model.name": "resnt14"},
+    "'resnt14' is unknown; did you mean 'resnet14'? use one of",
+  ),
   ({"model.width": 0}, "config.model.width = 0: must be at least 1"),
   (
     {"precision.method": "dcp"},
@@ -230,10 +234,13 @@ MISTAKES = [
   ({"data.unroll": 5}, "config.data.unroll = 5: means nothing for digits"),
   ({"data.workers": 1}, "config.data.workers = 1: means nothing for digits"),
   ({"data.image_size": 8}, "config.data.image_size = 8: means nothing for"),
-  ({"mesh.data": 9}, "config.mesh.data = 9: there are 8 devices; use 1..8"),
+  ({"mesh.data": 9}, "config.mesh.data = 9: there are 8 devices, and data 9"),
   ({"mesh.data": 0}, "config.mesh.data = 0: there are 8 devices"),
-  ({"mesh.fsdp": 2}, "config.mesh.fsdp = 2: only 1 is supported"),
-  ({"mesh.tensor": 0}, "config.mesh.tensor = 0: only 1 is supported"),
+  ({"mesh.fsdp": 9}, "config.mesh.data = 1: there are 8 devices, and data 1"),
+  ({"mesh.tensor": 0}, "config.mesh.tensor = 0: there are 8 devices; use 1.."),
+  ({"mesh.tensor": 2}, "config.mesh.tensor = 2: splits no parameter"),
+  ({"mesh.sharding": "fdsp"}, "config.mesh.sharding = 'fdsp': use one of none"),
+  ({"mesh.rules": (("x", ()),)}, "config.mesh.rules = 'x': no parameter meets"),
 ]
 
 
@@ -319,8 +326,8 @@ class TestWorkdir:
     config_lib.claim_workdir(self.config(), tmp_path)
     before = (tmp_path / "config.json").read_text()
     message = self.refused(tmp_path, **{"precision.b_min": 4})
-    assert "precision.b_min = 3, not 4" in message
-    assert "steps = 6, not 12" in self.refused(tmp_path, steps=12)
+    assert "precision.b_min: there 3, here 4; use" in message
+    assert "steps: there 6, here 12" in self.refused(tmp_path, steps=12)
     assert (tmp_path / "config.json").read_text() == before
 
   @pytest.mark.parametrize("text", ["", '{"steps": 6', "[1]", "3", "\x00"])

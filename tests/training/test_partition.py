@@ -116,6 +116,7 @@ def test_the_first_rule_that_matches_decides():
       (("odd/kernel", ("fsdp",)),),
       "odd/kernel has shape (101, 103), and 101 is no multiple of 4",
     ),
+    (((".*/kernel", ("fsdp", "fsdp")),), "of the mesh splits one axis only"),
     ((("(", ()),), "'(': no regular expression"),
     (("conv/kernel",), "a rule is (pattern, (an axis or None, ...))"),
     (((".*bias", "fsdp"),), "a rule is (pattern, (an axis or None, ...))"),
@@ -183,7 +184,8 @@ def test_sizes_of_the_mesh(sizes, shape):
   ("sizes", "message"),
   [
     ((None, None, 1), "mesh.fsdp = None: only one axis can be the rest"),
-    ((None, 3, 1), "mesh.data = None: 8 devices are no multiple of"),
+    ((None, 3, 1), "mesh.fsdp = 3: the 8 devices are no multiple of 3; use"),
+    ((None, 1, 16), "mesh.tensor = 16: the 8 devices are no multiple of 16"),
     ((4, 4, 1), "mesh.data = 4: there are 8 devices, and data 4 x fsdp 4"),
     ((1, 16, 1), "mesh.data = 1: .*lower mesh.fsdp or mesh.tensor"),
     ((1, 0, 1), "mesh.fsdp = 0: there are 8 devices; use 1..8"),

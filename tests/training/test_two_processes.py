@@ -1,84 +1,39 @@
 """Two real processes, of two devices each, against one of four."""
 
-import os
-import pathlib
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
 from dpc_jax.training import loop
-from tests import compiling
-from tests.training import tiny, two_processes
+from tests.training import processes, tiny, two_processes
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
-ROOT = pathlib.Path(__file__).parent.parent.parent
-DEADLINE_S = 240
 OPERANDS = ("weights", "activations", "gradients")
 
 
-def free_port():
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    return s.getsockname()[1]
-
-
-def start(workdir):
-  address = f"127.0.0.1:{free_port()}"
-  processes = []
-  for index in range(2):
-    with (workdir / f"{index}.txt").open("w") as file:
-      processes.append(
-        subprocess.Popen(
-          [
-            sys.executable,
-            "-m",
-            "tests.training.two_processes",
-            *(address, "2", str(index), str(workdir)),
-          ],
-          cwd=ROOT,
-          stdout=file,
-          stderr=subprocess.STDOUT,
-          env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": compiling.FLAGS,
-          },
-        )
-      )
-  return processes
-
-
-def wait_for(workdir, processes, text):
-  end = time.monotonic() + DEADLINE_S
+def wait_for(workdir, started, text):
+  end = time.monotonic() + processes.DEADLINE_S
   while text not in (workdir / "0.txt").read_text():
-    alive = all(p.poll() is None for p in processes)
-    assert alive and time.monotonic() < end, output(workdir)
+    alive = all(p.poll() is None for p in started)
+    assert alive and time.monotonic() < end, processes.output(workdir)
     time.sleep(0.1)
-
-
-def output(workdir):
-  return [(workdir / f"{i}.txt").read_text()[-3000:] for i in range(2)]
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
   """The workdir of the runs, after a SIGTERM to the second process alone."""
   workdir = tmp_path_factory.mktemp("two")
-  processes = start(workdir)
+  started = processes.start("tests.training.two_processes", 2, workdir)
   try:
-    wait_for(workdir, processes, "step 9/20000")
-    processes[1].send_signal(signal.SIGTERM)
-    codes = [p.wait(DEADLINE_S) for p in processes]
-  finally:
-    for p in processes:
+    wait_for(workdir, started, "step 9/20000")
+    started[1].send_signal(signal.SIGTERM)
+  except AssertionError:
+    for p in started:
       p.kill()
-      p.wait()
-  assert codes == [0, 0], output(workdir)
+    raise
+  processes.finish(started, workdir)
   return workdir
 
 
@@ -162,7 +117,7 @@ def test_a_checkpoint_of_two_processes_is_read_by_one(together):
 
 
 def test_sigterm_to_one_stops_both_at_one_step(together):
-  first, second = output(together)
+  first, second = processes.output(together)
   assert "stopped by SIGTERM at step" in first
   assert "process 0 of 2 stopped: None" in first
   assert "process 1 of 2 stopped: None" in second
@@ -176,6 +131,6 @@ def test_sigterm_to_one_stops_both_at_one_step(together):
 
 
 def test_only_the_first_process_speaks(together):
-  _, second = output(together)
+  _, second = processes.output(together)
   spoken = [x for x in second.splitlines() if x.startswith("[tiny")]
   assert spoken == []

@@ -1,0 +1,79 @@
+"""SHA-256 of every file of a folder, beside the files: orbax has none."""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+
+NAME = "checksums.json"
+# Hashing lets go of the interpreter's lock; more threads wait for the disk.
+_THREADS = 4
+
+
+def write(folder: pathlib.Path) -> None:
+  """Writes `checksums.json` into a folder, whole or not at all.
+
+  Its form is {path in the folder: [bytes, SHA-256 in hex]}.
+  """
+  names = sorted(_names(folder))
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+    found = threads.map(lambda name: _measure(folder / name), names)
+    text = json.dumps(dict(zip(names, found, strict=True)), indent=1)
+  temporary = folder / f"{NAME}.tmp"
+  with temporary.open("w") as file:
+    file.write(text + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(folder / NAME)
+
+
+def exist(folder: pathlib.Path) -> bool:
+  """Whether the folder has checksums."""
+  return (folder / NAME).exists()
+
+
+def problem(folder: pathlib.Path) -> str | None:
+  """What is wrong with the files, the first of them by name, or None.
+
+  Files that came later are of no interest. A folder without checksums has no
+  problem that they could show.
+  """
+  if not exist(folder):
+    return None
+  try:
+    wanted = json.loads((folder / NAME).read_bytes())
+    wanted = {str(name): (int(n), str(h)) for name, (n, h) in wanted.items()}
+  except (AttributeError, TypeError, ValueError):
+    return f"{NAME} is damaged"
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+    found = threads.map(
+      lambda name: _compare(folder, name, *wanted[name]), sorted(wanted)
+    )
+    return next((text for text in found if text is not None), None)
+
+
+def _names(folder):
+  for path in folder.rglob("*"):
+    name = path.relative_to(folder).as_posix()
+    if path.is_file() and name not in (NAME, f"{NAME}.tmp"):
+      yield name
+
+
+def _compare(folder, name, size, digest) -> str | None:
+  path = folder / name
+  try:
+    there = path.stat().st_size
+    if there != size:
+      return f"{name} has {there} bytes in place of {size}"
+    return None if _measure(path)[1] == digest else f"{name} has changed"
+  except FileNotFoundError:
+    return f"{name} is missing"
+  except OSError as error:
+    return f"{name}: {error.strerror}"
+
+
+def _measure(path) -> tuple[int, str]:
+  with path.open("rb") as file:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return file.tell(), digest

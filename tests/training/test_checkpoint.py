@@ -1,0 +1,325 @@
+"""Checkpoints that are damaged, of another program, or the best of a run."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from dpc_jax.training import build, checkpoint, checks, checksums, loop
+from dpc_jax.training import config as config_lib
+from tests.training import runs, tiny
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def config():
+  return tiny.make_config(
+    steps=STEPS, **{"checkpoint_every": 2, "eval_every": 6, "log_every": 6}
+  )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, config):
+  """A finished run with checkpoints of the steps 2, 4 and 6."""
+  workdir = tmp_path_factory.mktemp("whole")
+  return workdir, runs.train(config, workdir)
+
+
+@pytest.fixture
+def workdir(whole, tmp_path):
+  """A copy of it that was killed after the save of step 4."""
+  there = tmp_path / "run"
+  shutil.copytree(whole[0], there)
+  (there / "summary.json").unlink()
+  shutil.rmtree(there / "checkpoints" / "6")
+  return there
+
+
+def flip(path: pathlib.Path) -> None:
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def truncate(path: pathlib.Path) -> None:
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+def shard(folder: pathlib.Path) -> pathlib.Path:
+  """The largest file of the arrays."""
+  files = (p for p in (folder / "state").rglob("d/*") if p.is_file())
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+DAMAGES = {
+  "flipped": (shard, flip, "has changed"),
+  "truncated": (shard, truncate, "bytes in place of"),
+  "missing": (shard, pathlib.Path.unlink, "is missing"),
+  "tree": (lambda f: f / "state" / "_METADATA", flip, "_METADATA has changed"),
+  "metadata": (
+    lambda f: f / "_CHECKPOINT_METADATA",
+    truncate,
+    "_CHECKPOINT_METADATA has",
+  ),
+  "host": (
+    lambda f: f / "host" / "metadata",
+    pathlib.Path.unlink,
+    "host/metadata is missing",
+  ),
+  "sums": (
+    lambda f: f / checksums.NAME,
+    truncate,
+    "checksums.json is damaged",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_newest(whole, config, workdir, name):
+  """The one before it is used, and the run ends as if nothing had been."""
+  find, damage, text = DAMAGES[name]
+  path = find(workdir / "checkpoints" / "4")
+  damage(path) if name != "sums" else path.write_text(path.read_text()[:-9])
+  result = runs.train(config, workdir)
+  warnings = [x for x in result.output.splitlines() if "warning" in x]
+  assert len(warnings) == 1
+  assert "checkpoints/4 is damaged: " in warnings[0]
+  assert text in warnings[0]
+  assert "moved to damaged_checkpoints/4, the one of step 2" in warnings[0]
+  assert "going on from the checkpoint of step 2" in result.output
+  assert (workdir / checkpoint.DAMAGED / "4").is_dir()
+  for step in ("2", "4", "6"):
+    assert checksums.exist(workdir / "checkpoints" / step)
+    assert checksums.problem(workdir / "checkpoints" / step) is None
+  tiny.assert_same(tiny.leaves(result.state), tiny.leaves(whole[1].state))
+
+
+def test_all_damaged(config, workdir):
+  folder = workdir / "checkpoints"
+  for step in ("2", "4"):
+    flip(shard(folder / step))
+  with pytest.raises(checks.ConfigError) as caught:
+    runs.train(config, workdir)
+  message = str(caught.value)
+  assert "\n" not in message
+  assert f"workdir = {workdir}: all checkpoints are damaged" in message
+  assert "of the newest, checkpoints/4, state/" in message
+  assert sorted(p.name for p in folder.iterdir()) == ["2", "4"]
+  assert not (workdir / checkpoint.DAMAGED).exists()
+
+
+class TestWithoutChecksums:
+  """Killed between a commit and its checksums, or of an older program."""
+
+  def test_is_used_and_said(self, whole, config, workdir):
+    (workdir / "checkpoints" / "4" / checksums.NAME).unlink()
+    result = runs.train(config, workdir)
+    assert "of step 4 has no checksums.json" in result.output
+    assert "going on from the checkpoint of step 4" in result.output
+    tiny.assert_same(tiny.leaves(result.state), tiny.leaves(whole[1].state))
+
+  def test_unreadable_is_damaged(self, config, workdir):
+    folder = workdir / "checkpoints" / "4"
+    (folder / checksums.NAME).unlink()
+    (folder / "host" / "metadata").unlink()
+    result = runs.train(config, workdir)
+    assert "checkpoints/4 is damaged: orbax cannot read it" in result.output
+    assert "going on from the checkpoint of step 2" in result.output
+
+
+def test_a_folder_that_was_damaged_twice(config, workdir):
+  (workdir / checkpoint.DAMAGED / "4").mkdir(parents=True)
+  flip(shard(workdir / "checkpoints" / "4"))
+  assert "damaged_checkpoints/4-2, the" in runs.train(config, workdir).output
+
+
+def open_at(workdir, keep=20):
+  return checkpoint.Checkpoints(workdir, keep)
+
+
+def test_a_step_by_name(config, workdir):
+  """`restore` reads the step that it is told, or none."""
+  flip(shard(workdir / "checkpoints" / "4"))
+  checkpoints = open_at(workdir)
+  abstract = tiny.abstract(runs.parts_of(config))
+  with pytest.raises(checks.ConfigError, match=r"checkpoints/4 is damaged: st"):
+    checkpoints.restore(4, abstract)
+  assert checkpoints.restore(2, abstract)[0].step == 2
+  checkpoints.close()
+
+
+class TestOfAnotherProgram:
+  def mistake(self, workdir, abstract):
+    checkpoints = open_at(workdir)
+    with pytest.raises(checks.ConfigError) as caught:
+      checkpoints.restore(4, abstract)
+    checkpoints.close()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "checkpoints/4 does not fit this program: " in message
+    assert f"(written by format {checkpoint.FORMAT}, dpc_jax " in message
+    assert f"jax {jax.__version__}, " in message
+    return message
+
+  def test_fields_shapes_and_dtypes(self, config, workdir):
+    good = tiny.abstract(runs.parts_of(config))
+    more = good.params | {"third": good.params["second"]}
+    message = self.mistake(workdir, good.replace(params=more))
+    assert "params/third/kernel is missing (written" in message
+    less = {k: v for k, v in good.params.items() if k != "second"}
+    message = self.mistake(workdir, good.replace(params=less))
+    assert "params/second/kernel is unexpected (written" in message
+    for shape, dtype in (((), "float32"), ((1,), "int32")):
+      leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=good.step.sharding)
+      message = self.mistake(workdir, good.replace(step=leaf))
+      assert f"step is int32[], not {dtype}{list(shape)} (w" in message
+
+  def test_an_older_one_is_read(self, config, workdir):
+    """Format 1 knew of no skipped steps, no versions and no checksums."""
+    checkpoints = open_at(workdir)
+    programs = runs.programs_of(config)
+    state, host = checkpoints.restore(4, programs.abstract)
+    old = workdir.parent / "old"
+    older = open_at(old)
+    older.save(4, state.replace(skips=()), host, {})
+    for opened in (checkpoints, older):
+      opened.close()
+    shutil.rmtree(old / "checkpoints" / "4" / "about")
+    (old / "checkpoints" / "4" / checksums.NAME).unlink()
+    older, lines = open_at(old), []
+    step, found, _ = older.restore_newest(programs.abstract, lines.append)
+    older.close()
+    assert (step, len(lines)) == (4, 1)
+    tiny.assert_same(tiny.leaves(found), tiny.leaves(state))
+    shardings = [jax.tree.map(lambda x: x.sharding, s) for s in (found, state)]
+    assert shardings[0] == shardings[1]
+
+
+def test_about_names_the_versions(whole):
+  about = json.loads(
+    (whole[0] / "checkpoints" / "6" / "about" / "metadata").read_text()
+  )
+  assert about["format"] == checkpoint.FORMAT
+  assert about["versions"]["jax"] == jax.__version__
+  assert {"dpc_jax", "flax", "optax", "orbax-checkpoint"} <= set(
+    about["versions"]
+  )
+
+
+class TestTheBest:
+  def save_all(self, workdir, scores, keep, keep_best, sign=1):
+    checkpoints = checkpoint.Checkpoints(workdir, keep, keep_best)
+    for step, value in enumerate(scores, 1):
+      checkpoints.save(step, {"x": np.float32(step)}, {}, {})
+      if value is not None:
+        checkpoints.score(step, sign * value)
+    checkpoints.close()
+    names = (p.name for p in (workdir / "checkpoints").iterdir())
+    return sorted(map(int, names))
+
+  def test_stays_beside_the_newest(self, tmp_path):
+    scores = [1, 3, 2, 3, 0, None, 1]
+    # Of equal ones the first, as in the summary.
+    assert self.save_all(tmp_path / "a", scores, 2, True) == [2, 6, 7]
+    assert self.save_all(tmp_path / "b", scores, 2, False) == [6, 7]
+    nothing = [None] * 4
+    assert self.save_all(tmp_path / "c", nothing, 1, True) == [4]
+    # The last may become the best; until then both stay.
+    assert self.save_all(tmp_path / "d", [1, 2, 3], 1, True) == [2, 3]
+
+  @pytest.mark.parametrize("holdout", [0, 200])
+  def test_of_a_run_that_goes_on(self, tmp_path, holdout, monkeypatch):
+    """By the validation split, which a restart reads from the run's lines."""
+    accuracy = {1: 0.2, 2: 0.9, 3: 0.1, 4: 0.2, 5: 0.3, 6: 0.4}
+    monkeypatch.setattr(
+      loop._Run,
+      "_evaluate_split",
+      lambda run, split: {"loss": 1.0, "accuracy": accuracy[run.step]},
+    )
+    every = dict.fromkeys(("checkpoint_every", "eval_every"), 1)
+    config = tiny.make_config(
+      **every, **{"keep_checkpoints": 1, "data.holdout": holdout}
+    )
+    runs.train(config, tmp_path, stop=4)
+    runs.train(config, tmp_path)
+    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert names == ({"2", "6"} if holdout else {"6"})
+
+
+def test_an_error_of_the_checksums_is_raised(tmp_path, monkeypatch):
+  def full(folder):
+    raise OSError(28, "No space left on device", str(folder))
+
+  checkpoints = open_at(tmp_path)
+  monkeypatch.setattr(checksums, "write", full)
+  checkpoints.save(1, {"x": np.float32(1)}, {}, {})
+  with pytest.raises(OSError, match="No space left"):
+    checkpoints.wait()
+  checkpoints.close()
+
+
+def test_a_sharded_state_on_other_devices(tmp_path):
+  """Written from 8 devices, read by 1 and by 4, bit for bit."""
+  value = np.arange(64, dtype=np.float32).reshape(8, 8)
+
+  def placed(devices):
+    mesh = jax.make_mesh((devices,), ("x",), devices=jax.devices()[:devices])
+    spec = jax.sharding.PartitionSpec("x")
+    return jax.sharding.NamedSharding(mesh, spec)
+
+  checkpoints = open_at(tmp_path)
+  checkpoints.save(1, {"x": jax.device_put(value, placed(8))}, {}, {})
+  checkpoints.wait()
+  for devices in (1, 4):
+    abstract = {
+      "x": jax.ShapeDtypeStruct((8, 8), np.float32, sharding=placed(devices))
+    }
+    step, state, _ = checkpoints.restore_newest(abstract, pytest.fail)
+    assert step == 1
+    assert state["x"].sharding == placed(devices)
+    np.testing.assert_array_equal(state["x"], value)
+  checkpoints.close()
+
+
+class TestAnotherConfig:
+  def claim(self, workdir, **changes):
+    config = tiny.make_config(**changes)
+    config_lib.claim_workdir(build.build(config).config, workdir)
+
+  def test_every_difference_is_named(self, tmp_path):
+    self.claim(tmp_path)
+    with pytest.raises(config_lib.ConfigError) as caught:
+      self.claim(tmp_path, **{"seed": 1, "optimizer.learning_rate": 0.2})
+    assert str(caught.value) == (
+      f"workdir = {tmp_path}: holds another run; optimizer.learning_rate:"
+      " there 0.1, here 0.2; seed: there 0, here 1; use another workdir, or"
+      " delete it"
+    )
+    path = tmp_path / "config.json"
+    there = json.loads(path.read_text())
+    del there["precision"]["kind"]
+    path.write_text(json.dumps(there | {"many": 1, "more": 2, "zoo": 3}))
+    with pytest.raises(config_lib.ConfigError) as caught:
+      self.claim(tmp_path, seed=1, steps=7, batch_size=8, log_every=3)
+    assert (
+      "batch_size: there 16, here 8; log_every: there 4, here 3; many: there 1,"
+      " here no such field; more: there 2, here no such field; precision.kind:"
+      " there no such field, here 'affine'; and 3 more; use"
+    ) in str(caught.value)
+
+  def test_what_changes_no_number_may_change(self, tmp_path):
+    self.claim(tmp_path)
+    self.claim(
+      tmp_path,
+      **{
+        "mesh.data": 8,
+        "keep_checkpoints": 1,
+        "keep_best": False,
+        "checkpoint_every": 2,
+        "max_skipped": 3,
+      },
+    )
