@@ -184,7 +184,7 @@ def _precision(method: str) -> ml_collections.ConfigDict:
   # What the backward pass keeps: none is float, 8 is 8-bit integer codes.
   precision.storage_bits = config_dict.placeholder(int)
   # Range of activations and gradients in training: of the batch, or delayed,
-  # of the step before, which spares many devices a wait in every layer.
+  # of the step before: over data and fsdp no wait in every layer.
   precision.ranges = "batch"
   precision.seed = 0  # of the method random, on top of the run's seed
   precision.cycles = 32  # of cpt and dpc_cpt, over the run

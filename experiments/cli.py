@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from dpc_jax.data import prepared
 from dpc_jax.training import config as config_lib
-from dpc_jax.training import distributed, loop, peers
+from dpc_jax.training import distributed, loop, peers, rendezvous
 from experiments import mistakes
 
 FLAGS = flags.FLAGS
@@ -94,10 +94,11 @@ def define_distributed() -> None:
 def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
   """Parses the flags, calls `main`, and returns the exit code.
 
-  0: done, or stopped by SIGTERM and saved, or --help. 1: the loss diverged. 2:
-  a user's mistake, or damaged data, in one line. 3: a process was lost, or the
-  disk is full: the same command goes on. 130: interrupted by Ctrl-C.
-  With --debug a traceback takes the line's place; the codes stay.
+  0: done, or stopped by SIGTERM and saved, or --help. 1: the loss diverged, in
+  one line, or any fault of the program, which raises. 2: a user's mistake, or
+  damaged data, in one line. 3: a process was lost or did not come in time, or
+  the disk is full: the same command may succeed, and goes on. 130: interrupted
+  by Ctrl-C. With --debug a traceback takes the line's place; the codes stay.
   """
   if any(arg in _HELP for arg in argv[1:]):
     print(_help(main))
@@ -119,23 +120,26 @@ def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
       who = f"{distributed.name(found)}: "
       # Before anything asks JAX for devices.
       distributed.join(found, FLAGS.join_timeout)
-    with peers.watch(who):
+    with peers.watch(who, is_quiet=not debug):
       return main() or 0
+  except rendezvous.AbsentError as error:
+    return _fail(f"{who}{error}", peers.EXIT_CODE, error if debug else None)
   except (config_lib.ConfigError, prepared.DataError) as error:
     return _fail(f"{who}{error}", 2, error if debug else None)
   except loop.DivergedError as error:
     return _fail(f"{who}{error}", 1, error if debug else None)
-  except (OSError, RuntimeError, ValueError) as error:
-    found = peers.explain(error)
-    if found is None:
-      peers.leave(1)
-      raise
-    return _fail(f"{who}{found}", peers.EXIT_CODE, error if debug else None)
   except KeyboardInterrupt:
     return _fail(
       f"{who}interrupted; the same command goes on from the last save, if any",
       130,
     )
+  except BaseException as error:
+    found = peers.explain(error, FLAGS.workdir)
+    if found is None:
+      # The others wait for this one, and Python, on its way out, for them.
+      peers.leave(1)
+      raise
+    return _fail(f"{who}{found.line}", found.code, error if debug else None)
 
 
 def _others() -> distributed.Plan | None:
@@ -208,7 +212,7 @@ def _help(main: Callable[[], int | None]) -> str:
   return "\n".join(lines)
 
 
-def _fail(text: str, code: int, shown: Exception | None = None) -> int:
+def _fail(text: str, code: int, shown: BaseException | None = None) -> int:
   """Prints the line, or the traceback of `shown`; returns the code."""
   if shown is not None:
     traceback.print_exception(shown)

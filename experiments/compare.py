@@ -13,10 +13,8 @@ Beside the runs: `report.md`, `pareto.png`, `bits.png`, and all summaries and
 statistics in `results.json`.
 """
 
-import contextlib
 import copy
 import dataclasses
-import fcntl
 import functools
 import json
 import math
@@ -25,7 +23,7 @@ import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -35,6 +33,7 @@ from dpc_jax.analysis import comparison, plots, report
 from dpc_jax.data import prepared
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import loop, methods, termination
+from dpc_jax.training import workdir as workdir_lib
 from experiments import cli
 
 _METHODS = flags.DEFINE_list(
@@ -67,10 +66,6 @@ class Cell(NamedTuple):
   method: str
   seed: int
   config: ml_collections.ConfigDict
-
-
-class _BusyError(RuntimeError):
-  """Another process trains the run."""
 
 
 def main() -> int | None:
@@ -154,11 +149,11 @@ def train(
     )
     trains, start = not _is_finished(folder), time.monotonic()
     try:
-      with _claimed(folder) if trains else contextlib.nullcontext():
-        summary = loop.train_and_evaluate(cell.config, folder)
+      summary = loop.train_and_evaluate(cell.config, folder)
     except _RUN_ERRORS as error:
       is_first = i == 0 and not (folder / "checkpoints").exists()
-      if is_first and isinstance(error, config_lib.ConfigError):
+      is_busy = isinstance(error, workdir_lib.BusyError)
+      if is_first and isinstance(error, config_lib.ConfigError) and not is_busy:
         raise
       failures.append(_failure(cell, error))
       continue
@@ -192,10 +187,7 @@ def _failure(cell: Cell, error: Exception) -> comparison.Failure:
   text = " ".join(str(error).split())
   if not isinstance(
     error,
-    loop.DivergedError
-    | config_lib.ConfigError
-    | prepared.DataError
-    | _BusyError,
+    loop.DivergedError | config_lib.ConfigError | prepared.DataError,
   ):
     text = ": ".join(filter(None, (type(error).__name__, text)))
   print(
@@ -204,37 +196,6 @@ def _failure(cell: Cell, error: Exception) -> comparison.Failure:
     flush=True,
   )
   return comparison.Failure(cell.method, cell.seed, text)
-
-
-@contextlib.contextmanager
-def _claimed(folder: pathlib.Path) -> Iterator[None]:
-  """Keeps a second process from training the same run.
-
-  The lock goes with its process. Where there are no locks or the folder cannot
-  be made, this claims nothing; the training says what is wrong.
-  """
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("w")
-  except OSError:
-    yield
-    return
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise _BusyError(
-        f"{folder}: another process trains this run; start again when it is"
-        " done"
-      ) from None
-    except OSError:
-      pass
-    try:
-      yield
-    finally:
-      # Processes that were forked meanwhile hold the file open, too.
-      with contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _report(

@@ -27,7 +27,25 @@ MODULES = {
 }
 BUILTINS = {"compile", "eval", "exec", "__import__"}
 # Of any object, which is how NumPy, pandas and YAML are spelt.
-METHODS = {"fromfile", "full_load", "read_pickle", "system", "unsafe_load"}
+METHODS = {
+  "fromfile",
+  "full_load",
+  "popen",
+  "read_pickle",
+  "system",
+  "unsafe_load",
+}
+# Taken out of their modules, they go by a name of their own.
+TAKEN = {
+  "builtins": BUILTINS,
+  "importlib": {"__import__", "import_module"},
+  "jax.numpy": {"fromfile", "load"},
+  "numpy": {"fromfile", "load"},
+  "os": {"popen", "system"},
+  "posix": {"popen", "system"},
+}
+# Where a module's name is a parameter: it tells a missing package in a line.
+IMPORTERS = {"dpc_jax/data/prepared.py": ["import_module"]}
 ARRAY_LIBRARIES = {"jnp", "np", "numpy"}
 
 
@@ -39,7 +57,13 @@ def offences(text: str) -> list[str]:
     if isinstance(node, ast.Import):
       names = [alias.name.split(".")[0] for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
-      names = [(node.module or "").split(".")[0]]
+      module = node.module or ""
+      names = [module.split(".")[0]]
+      found += [
+        f"{node.lineno}: {alias.name}"
+        for alias in node.names
+        if alias.name in TAKEN.get(module, ())
+      ]
     elif isinstance(node, ast.Call):
       found += [f"{node.lineno}: {what}" for what in _in_call(node)]
     elif isinstance(node, ast.Name) and node.id in BUILTINS:
@@ -72,15 +96,17 @@ def _in_call(call: ast.Call) -> list[str]:
 
 
 def _is_plain(call: ast.Call) -> bool:
-  """Whether the name of an imported module is written down, or a parameter."""
-  return bool(call.args) and isinstance(call.args[0], ast.Constant | ast.Name)
+  """Whether the name of an imported module is written down."""
+  return bool(call.args) and isinstance(call.args[0], ast.Constant)
 
 
 @pytest.mark.parametrize(
   "path", FILES, ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_nothing_runs_what_it_loads(path):
-  assert offences(path.read_text()) == []
+  allowed = IMPORTERS.get(str(path.relative_to(ROOT)), [])
+  found = [offence.split(": ")[1] for offence in offences(path.read_text())]
+  assert found == allowed, offences(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -100,6 +126,14 @@ def test_nothing_runs_what_it_loads(path):
     "pandas.read_pickle(path)",
     "subprocess.run(text, shell=True)",
     "os.system(text)",
+    "os.popen(text)",
+    "from os import system",
+    "from os import path, popen as run",
+    "from numpy import load",
+    "from jax.numpy import load as read",
+    "from builtins import eval as run",
+    "importlib.import_module(name)",
+    "from importlib import import_module\nimport_module(name)",
     "importlib.import_module(f'{folder}.{name}')",
   ],
 )

@@ -9,7 +9,8 @@ collective inside a loop is counted once, however often the loop runs.
 
 Groups, of each operand, by the name of the operation that it comes from:
 
-    ranges       of activations and gradients, for quantization
+    ranges       of activations and gradients and, over `tensor`, of weights,
+                 for quantization
     batch norm   statistics of a batch, and in the backward pass the sums that
                  give their gradients and those of its scale and bias
     gradients    of other parameters
@@ -45,7 +46,6 @@ _INSTRUCTION = re.compile(
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _DEFINED = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*\bop_name="([^"]*)"')
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
-_REPLICAS = re.compile(r"\breplica_groups=(.*?), (?=[a-z_]+=)")
 # Starts of these hold their operands beside the results.
 _HOLDS_OPERANDS = ("all-gather", "collective-permute")
 
@@ -85,12 +85,10 @@ class Collective(NamedTuple):
     kind: all-reduce, all-gather, reduce-scatter, collective-permute or
       all-to-all; the start of an asynchronous one counts as it.
     operands: what it joins.
-    replicas: which devices take part, as the program writes it.
   """
 
   kind: str
   operands: tuple[Operand, ...]
-  replicas: str
 
 
 def read(
@@ -130,10 +128,7 @@ def read(
         arrays, _sources(match["rest"], len(arrays), defined), strict=True
       )
     ]
-    replicas = _REPLICAS.search(line)
-    found.append(
-      Collective(kind, tuple(operands), replicas[1] if replicas else "")
-    )
+    found.append(Collective(kind, tuple(operands)))
   return found
 
 

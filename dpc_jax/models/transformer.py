@@ -75,7 +75,8 @@ class TransformerLM(nn.Module):
 
     Args:
       tokens: (N, T) integers in [0, num_classes); one outside makes the output
-        of its row NaN, quantized that of the whole batch.
+        of its row NaN, and with quantized products that of the whole batch
+        (of its row alone in a training step with delayed ranges).
       targets: (N, T) integers, the words to predict, one outside has a loss of
         NaN; None asks for the whole distribution.
       train: True drops values.

@@ -1,11 +1,15 @@
-"""Ranges of the step before: one collective a step, however many layers.
+"""Ranges of the step before: one collective a step over a batch's devices.
 
 On many devices the range of a batch is known after a reduction over all of
 them, in every layer and pass: small messages whose latency adds up. With
 `Quantization(ranges="delayed")` a training step quantizes activations and
 output gradients over the ranges that the step before has measured, and a
 layer reports its own ranges row by row, for which no device has to know of
-another's rows. `settle` then joins the ranges of all layers at once. A step:
+another's rows. `settle` then joins the ranges of all layers at once: over the
+devices that share the rows, a mesh's data and fsdp, there is one collective,
+however many layers, and one for each number of rows that is no multiple of the
+others'. Where rows themselves are split (tensor) their ranges are still joined
+over those devices in every layer. A step:
 
     probes = delayed.probes(model, variables, x)
     def loss(params, probes):
@@ -23,9 +27,10 @@ over a previous range [lo, hi] clips what is outside to its ends, straight
 through, without a mask. Our decisions:
 
     a previous range that is empty (lo >= hi: before the first step, after
-    activations or gradients that were all equal) or not finite does not
-    serve: for that step every row has a grid over its own range, with the
-    same number of levels;
+    activations or gradients that were all equal), not finite or wider than
+    float32 does not serve: for that step every row has a grid over its own
+    range, with the same number of levels, and a row of one number, the
+    grid's end, is not quantized;
     a row that is not finite gives NaN: its outputs, or all that its gradient
     reaches.
 
@@ -33,6 +38,7 @@ A step that changes the size of the gradients, such as another scale of the
 loss, is clipped once, and the next one is not.
 """
 
+import collections
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -47,7 +53,7 @@ from dpc_jax.quant import ranges, spans
 PROBES = ranges.PROBES
 
 
-def is_delayed(variables: Mapping[str, Any]) -> bool:
+def _is_delayed(variables: Mapping[str, Any]) -> bool:
   """Whether any layer in the collection `quant_stats` has previous ranges."""
   stats = _flat(variables.get("quant_stats", {}))
   return any(path[-1] in ("previous_lo", "gradient_lo") for path in stats)
@@ -75,15 +81,18 @@ def probes(
   Raises:
     ValueError: a layer that is called several times in a step.
   """
-  if not is_delayed(variables):
+  if not _is_delayed(variables):
     return {}
   fixed = ("params", "precision")
   mutable = [name for name in variables if name not in fixed] + [PROBES]
 
   def reports():
-    return module.apply(variables, *args, mutable=mutable, **kwargs)[1][PROBES]
+    _, found = module.apply(variables, *args, mutable=mutable, **kwargs)
+    return found.get(PROBES, {})
 
   flat = _flat(jax.eval_shape(reports))
+  if not flat:
+    return {}  # variables of a delayed module in one that is not
   zeros = {
     path: jnp.zeros(leaf.shape, leaf.dtype)
     for path, leaf in flat.items()
@@ -110,12 +119,13 @@ def settle(
   updates = dict(updates)
   if PROBES not in updates:
     return updates
+  stats = _flat(updates["quant_stats"])
+  # Activations in float have no running range.
   reports = {
     path: leaf
     for path, leaf in _flat(updates.pop(PROBES)).items()
-    if path[-1] != "gradient"
+    if path[-1] != "gradient" and (*path[:-1], "count") in stats
   } | _flat(found.get(PROBES, {}))
-  stats = _flat(updates["quant_stats"])
   new = dict(stats)
   with jax.named_scope(spans.SCOPE):
     for path, (lo, hi) in _joined(reports).items():
@@ -124,8 +134,6 @@ def settle(
         new |= {(*layer, "gradient_lo"): lo, (*layer, "gradient_hi"): hi}
         continue
       prefix, count = name.removesuffix("rows"), (*layer, "count")
-      if count not in stats:
-        continue  # activations in float
       new[count] = stats[count] + 1
       for field, end in (("lo", lo), ("hi", hi)):
         running = (*layer, prefix + field)
@@ -136,11 +144,29 @@ def settle(
 
 
 def _joined(reports):
-  """{path: (lo, hi)} of reports (..., rows, 2), by one reduction over rows."""
+  """{path: (lo, hi)} of reports (..., rows, 2), joined over rows.
+
+  By one reduction for all layers whose rows are those of most layers (the
+  batch), or a multiple of them such as batch * positions, and one for each
+  other number of rows, which may divide by no number of devices.
+  """
   if not reports:
     return {}
-  # Layers may see other numbers of rows, such as batch * positions.
-  rows = math.gcd(*(leaf.shape[-2] for leaf in reports.values()))
+  counts = collections.Counter(leaf.shape[-2] for leaf in reports.values())
+  batch = min(counts, key=lambda rows: (-counts[rows], rows))
+  groups = {}
+  for path, leaf in reports.items():
+    rows = leaf.shape[-2]
+    group = groups.setdefault(rows if rows % batch else batch, {})
+    group[path] = leaf
+  joined = {}
+  for rows, group in groups.items():
+    joined |= _reduced(group, rows)
+  return joined
+
+
+def _reduced(reports, rows):
+  """As `_joined`, of reports whose rows are multiples of `rows`, by one."""
   columns = []
   for leaf in reports.values():
     leaf = leaf.reshape(*leaf.shape[:-2], rows, -1, 2)

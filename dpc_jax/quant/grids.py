@@ -20,7 +20,7 @@ from jax import lax
 
 from dpc_jax.quant import noise, spans
 
-# Ranges have a module of their own; these are their names to others.
+# The names of other rooms for these three; this one says `spans`.
 Range = spans.Range
 value_range = spans.value_range
 guarded = spans.guarded
@@ -154,7 +154,8 @@ class Quantization:
       traced, since a dtype cannot follow a traced width.
     ranges: in training, the range that activations and gradients are quantized
       over: that of the "batch", or "delayed", that of the step before, so that
-      many devices agree on ranges once a step and not in every layer (see
+      devices that share the rows of a batch (a mesh's data and fsdp, not its
+      tensor) agree on ranges once a step and not in every layer (see
       `dpc_jax.quant.delayed`, which such a step needs). Not with a range per
       channel of theirs. Evaluation is the same with both.
   """
@@ -208,7 +209,7 @@ def encode(
   x: jax.Array,
   bits: jax.Array | int,
   grid: Grid,
-  limits: Range,
+  limits: spans.Range,
   *,
   key: jax.Array | None = None,
   floor: float | None = STEP_FLOOR,
@@ -314,7 +315,7 @@ def fake_quantize(
   *,
   axis: int | Sequence[int] | None = None,
   key: jax.Array | None = None,
-  limits: Range | None = None,
+  limits: spans.Range | None = None,
   floor: float | None = STEP_FLOOR,
 ) -> jax.Array:
   """Rounds `x` to a uniform grid, with a straight-through gradient.
@@ -358,8 +359,8 @@ def fake_quantize(
   if grid.rounding == "stochastic" and key is None:
     raise ValueError("key = None: stochastic rounding needs a PRNG key")
   frozen = lax.stop_gradient(x)
-  own = value_range(frozen, _checked_axes(x, grid, axis))
-  limits = own if limits is None else guarded(limits, own)
+  own = spans.value_range(frozen, _checked_axes(x, grid, axis))
+  limits = own if limits is None else spans.guarded(limits, own)
   quantized = encode(frozen, bits, grid, limits, key=key, floor=floor)
   value = jnp.where(
     jnp.asarray(bits) == FLOAT_WIDTH, frozen, decode(quantized, x.dtype)

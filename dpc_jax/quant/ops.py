@@ -39,17 +39,17 @@ class PreviousGradient(NamedTuple):
   """What a product takes of the step before, and gives to the next one.
 
   Attributes:
-    limits: range of the output gradient's grid, () each; where it is empty or
-      not finite, each row of the gradient has its own.
+    limits: range of the output gradient's grid, () each; where it is empty,
+      not finite or wider than float32, each row has its own.
     probe: float32 (rows of the output, 2), of any value. Its cotangent, as of
       a differentiable input, is the gradient's own range, `packed`.
   """
 
-  limits: grids.Range
+  limits: spans.Range
   probe: jax.Array
 
 
-def packed(limits: grids.Range) -> jax.Array:
+def packed(limits: spans.Range) -> jax.Array:
   """(rows, 2), -lo and hi of each row: a maximum over rows joins them."""
   lo, hi = (end.reshape(-1) for end in limits)
   ends = jnp.stack([-lo, hi], axis=-1)
@@ -64,8 +64,8 @@ def dot_general(
   *,
   bits: grids.LayerBits,
   quantization: grids.Quantization,
-  limits: grids.Range | None = None,
-  rhs_limits: grids.Range | None = None,
+  limits: spans.Range | None = None,
+  rhs_limits: spans.Range | None = None,
   gradient: PreviousGradient | None = None,
   key: jax.Array | None = None,
   precision: lax.PrecisionLike = None,
@@ -84,7 +84,8 @@ def dot_general(
       `spans.CheckedRange`, which is taken as it is.
     rhs_limits: likewise for `rhs`: a running range, where it is no kernel.
     gradient: None takes the output gradient's own range; else it is quantized
-      over the previous one, and a row that is not finite is NaN.
+      over the previous one, and a row that is not finite is NaN. Without a
+      grid of gradients it has no effect, and its probe the cotangent 0.
     key: PRNG key of stochastic rounding; None rounds to nearest.
     precision: as in `lax.dot_general`.
     preferred_element_type: as in `lax.dot_general`.
@@ -122,8 +123,8 @@ def conv_general_dilated(
   *,
   bits: grids.LayerBits,
   quantization: grids.Quantization,
-  limits: grids.Range | None = None,
-  rhs_limits: grids.Range | None = None,
+  limits: spans.Range | None = None,
+  rhs_limits: spans.Range | None = None,
   gradient: PreviousGradient | None = None,
   key: jax.Array | None = None,
   dimension_numbers: Any = None,
@@ -165,8 +166,8 @@ def einsum(
   *,
   bits: grids.LayerBits,
   quantization: grids.Quantization,
-  limits: grids.Range | None = None,
-  rhs_limits: grids.Range | None = None,
+  limits: spans.Range | None = None,
+  rhs_limits: spans.Range | None = None,
   gradient: PreviousGradient | None = None,
   key: jax.Array | None = None,
   keep_zeros: bool = False,
@@ -220,9 +221,9 @@ def _quantized_product(spec, x, w, bits, limits, key, gradient):
 
 def operand_range(
   x: jax.Array, grid: grids.Grid, axes: tuple[int, ...] = (-1,)
-) -> grids.Range:
+) -> spans.Range:
   """Range of an operand, without gradient; its channels are `axes`."""
-  return grids.value_range(lax.stop_gradient(x), grids.channel_axes(grid, axes))
+  return spans.value_range(lax.stop_gradient(x), grids.channel_axes(grid, axes))
 
 
 def _span(x, grid, axes, limits):
@@ -232,7 +233,7 @@ def _span(x, grid, axes, limits):
   if isinstance(limits, spans.CheckedRange):
     return limits
   own = operand_range(x, grid, axes)
-  return own if limits is None else grids.guarded(limits, own)
+  return own if limits is None else spans.guarded(limits, own)
 
 
 def check_storage(width: Any, storage_bits: int, name: str) -> None:
@@ -277,13 +278,15 @@ def _backward(spec, residuals, g):
     # keep the float tensors instead. (XLA drops the barrier on a CPU.)
     qx, qw = lax.optimization_barrier((qx, qw))
   grid = spec.quantization.gradients
-  if grid is not None:
+  if grid is None:
+    previous = None  # no range was found: a probe has no cotangent
+  else:
     if previous is None:
       axes = grids.channel_axes(grid, spec.gradient_axes)
-      limits = grids.value_range(g, axes)
+      limits = spans.value_range(g, axes)
     else:
       own = spans.row_range(g)
-      limits = grids.guarded(spans.or_own(previous.limits, own), own)
+      limits = spans.guarded(spans.or_own(previous.limits, own), own)
       # In place of a gradient of the probe, which has no effect.
       previous = PreviousGradient(None, packed(own))
     quantized = grids.encode(

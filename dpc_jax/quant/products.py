@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpc_jax.quant import grids, layers, ops, ranges
+from dpc_jax.quant import grids, layers, ops, ranges, spans
 
 
 class QuantProduct(nn.Module):
@@ -58,7 +58,7 @@ class QuantProduct(nn.Module):
       found = {"": range_of(lhs), "rhs_": range_of(rhs)}
       if self.non_negative:
         lo, hi = found[""]
-        found[""] = grids.Range(jnp.minimum(lo, 0), hi)
+        found[""] = spans.Range(jnp.minimum(lo, 0), hi)
       return found
 
     run = functools.partial(

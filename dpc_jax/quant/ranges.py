@@ -21,7 +21,7 @@ RANGE_DECAY = 0.9
 PROBES = "quant_probe"
 
 # (array -> its range) -> {prefix of an operand's variables: its range}.
-Measure = Callable[[Callable[[jax.Array], grids.Range]], dict[str, grids.Range]]
+Measure = Callable[[Callable[[jax.Array], spans.Range]], dict[str, spans.Range]]
 
 
 class LayerRanges(NamedTuple):
@@ -33,7 +33,7 @@ class LayerRanges(NamedTuple):
     gradient: that of the output's gradient; None is its own.
   """
 
-  limits: dict[str, grids.Range]
+  limits: dict[str, spans.Range]
   gradient: ops.PreviousGradient | None = None
 
 
@@ -60,8 +60,10 @@ def variable(
     (module.is_initializing() and module.is_mutable_collection(collection))
     or module.has_variable(collection, name)
   ):
+    has_others = bool(module.variables.get(collection))
+    missing = f"{name!r} of the collection" if has_others else "collection"
     raise ValueError(
-      f"{layer_path(module) or type(module).__name__}: no collection"
+      f"{layer_path(module) or type(module).__name__}: no {missing}"
       f" {collection!r} in apply's variables; pass all that init returned, not"
       " params alone, and name it in the variable_axes of an nn.scan or nn.vmap"
     )
@@ -91,9 +93,13 @@ def layer_ranges(
   batch = {}
   if quantization.activations is not None:
     batch = measure(lambda x: ops.operand_range(x, quantization.activations))
-  if quantization.ranges == "delayed":
+  is_training = _is_training(module)
+  # Evaluation needs no previous range, and takes variables without any.
+  if quantization.ranges == "delayed" and (
+    is_training or module.is_initializing()
+  ):
     previous = _previous_ranges(module, quantization, tuple(batch))
-    if previous and _is_training(module):
+    if previous and is_training:
       rows = measure(_range_of_rows)
       return _delayed(module, rows, previous, product)
   if not batch:
@@ -101,13 +107,13 @@ def layer_ranges(
   running = running_ranges(module, batch)
   if running is None:
     # Checked: a product that measured them again would reduce them again.
-    running = {p: grids.guarded(own, own) for p, own in batch.items()}
+    running = {p: spans.guarded(own, own) for p, own in batch.items()}
   return LayerRanges(running)
 
 
 def running_ranges(
-  module: nn.Module, batch: dict[str, grids.Range]
-) -> dict[str, grids.Range] | None:
+  module: nn.Module, batch: dict[str, spans.Range]
+) -> dict[str, spans.Range] | None:
   """Ranges that serve in place of the batch's own, one for each operand.
 
   Where `quant_stats` is mutable (training), updates the running ranges and
@@ -134,7 +140,7 @@ def running_ranges(
   is_first = count.value == 0
   if not module.is_mutable_collection("quant_stats"):
     return {
-      prefix: grids.Range(
+      prefix: spans.Range(
         *(
           jnp.where(is_first, new, old.value)
           for old, new in zip(running[prefix], own, strict=True)
@@ -160,7 +166,7 @@ def _range_variables(module, prefix, shape):
   """(variable of lo, variable of hi)."""
   return tuple(
     variable(module, "quant_stats", prefix + field, shape, 0, jnp.float32)
-    for field in grids.Range._fields
+    for field in spans.Range._fields
   )
 
 
@@ -183,7 +189,7 @@ def _previous_ranges(module, quantization, prefixes):
   if names and module.is_initializing() and not has_place:
     _refuse(module)
   return {
-    name: grids.Range(*(v.value for v in _range_variables(module, start, ())))
+    name: spans.Range(*(v.value for v in _range_variables(module, start, ())))
     for name, start in names.items()
   }
 
@@ -195,7 +201,7 @@ def _delayed(module, rows, previous, product) -> LayerRanges:
   ):
     _refuse(module)
   limits = {
-    prefix: grids.guarded(spans.or_own(previous[prefix], own), own)
+    prefix: spans.guarded(spans.or_own(previous[prefix], own), own)
     for prefix, own in rows.items()
     if prefix in previous
   }

@@ -49,10 +49,11 @@ def row_range(x: jax.Array) -> Range:
 
 
 def or_own(limits: Range, own: Range) -> Range:
-  """`limits`, or `own` where they are empty or not finite."""
-  usable = (
-    jnp.isfinite(limits.lo) & jnp.isfinite(limits.hi) & (limits.lo < limits.hi)
-  )
+  """`limits`, or `own` where they are empty, not finite or wider than float32.
+
+  Ends that are finite may be farther apart than float32 goes.
+  """
+  usable = jnp.isfinite(limits.hi - limits.lo) & (limits.lo < limits.hi)
   return Range(
     jnp.where(usable, limits.lo, own.lo), jnp.where(usable, limits.hi, own.hi)
   )

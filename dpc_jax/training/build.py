@@ -19,6 +19,7 @@ from dpc_jax.policy import schedules, statistics
 from dpc_jax.quant import grids
 from dpc_jax.training import (
   checkpoint,
+  checks,
   config_precision,
   methods,
   partition,
@@ -136,7 +137,7 @@ def build(
     feed=feed,
     task=task,
     mesh=mesh,
-    partition=_partition(config, init, mesh),
+    partition=_partition(config, model, init, mesh),
     model=model,
     optimizer=optimizer,
     schedule=schedule,
@@ -147,7 +148,13 @@ def build(
   )
 
 
-def _partition(config, init, mesh) -> partition.Specs:
+def _partition(config, model, init, mesh) -> partition.Specs:
+  heads, tensor = getattr(model, "heads", None), mesh.shape["tensor"]
+  # Else whole activations would be gathered to tell the heads apart.
+  if heads is not None and heads % tensor:
+    checks.fail(
+      "mesh.tensor", tensor, f"the model has {heads} heads; use a divisor"
+    )
   with _as_config_error("config.precision"):
     shapes = jax.eval_shape(init, jax.random.key(0))
   return partition.partition(

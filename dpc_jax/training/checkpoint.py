@@ -3,10 +3,14 @@
 `checkpoints/STEP` is there once all processes have written their part. Soon
 after, a thread of process 0 adds `checksums.json` (our decision: orbax restores
 a flipped byte without a word). Before a restore the files are held against it.
-A run killed between the two leaves a checkpoint without checksums; so did
-older programs. Its files are complete, as orbax renames the folder last, so it
-is used if orbax can read it, and a line says that nothing vouches for its
-bytes.
+Only then older checkpoints go, so that a run of checkpoints with checksums
+never is without one. A run killed between the two leaves a checkpoint without
+checksums; so did older programs. Its files are complete, as orbax renames the
+folder last, so it is used if orbax can read it, and a line says that nothing
+vouches for its bytes.
+
+All processes of a run go by what process 0 sees of the folder: on a disk over a
+network the others may see what was there a while ago.
 """
 
 import dataclasses
@@ -14,24 +18,24 @@ import functools
 import importlib.metadata
 import json
 import pathlib
+import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from dpc_jax.training import checks, checksums, fit
+from dpc_jax.training import checks, checksums, fit, peers, resume
 
 # Raised by one for a change that an older program could not read.
 FORMAT = 2
 DAMAGED = "damaged_checkpoints"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# What orbax raises of files that it cannot read.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+# orbax's end of the name of a folder that is not whole.
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_AWAY = "move it out of that folder, and the one before it is used"
 _POLL_S = 0.02
 
 
@@ -54,27 +58,36 @@ class Checkpoints:
     self._policy = _Policy(keep, keep_best)
     self._manager = ocp.CheckpointManager(
       self._folder,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=self._policy, create=True
-      ),
+      # It keeps all: nothing may go before its successor has checksums.
+      options=ocp.CheckpointManagerOptions(create=True),
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
         **{n: ocp.JsonCheckpointHandler() for n in ("host", "config", "about")},
       },
     )
+    # As process 0 sees them, oldest first; None before it was asked.
+    self._steps: list[int] | None = None
     self._thread = None
     self._error = None
 
   def latest_step(self) -> int | None:
     """The newest complete checkpoint's step, or None."""
-    return self._manager.latest_step()
+    if self._steps is None:
+      return self._manager.latest_step()
+    return self._steps[-1] if self._steps else None
 
   def score(self, step: int, value: float) -> None:
     """Says how good the state of a step is; higher is better."""
     self._policy.scores[step] = value
 
   def save(self, step: int, state: Any, host: dict, config: dict) -> None:
-    """Saves once per step; returns when the state may be donated."""
+    """Saves once per step; returns when the state may be donated.
+
+    Raises:
+      Exception: the save before it failed, or its checksums did.
+    """
+    if self._steps is None:
+      self._use(resume.from_first(self._list))
     if self.latest_step() == step:
       return
     self._join()
@@ -89,23 +102,37 @@ class Checkpoints:
       ),
       force=True,
     )
+    kept = self._policy.kept([*self._steps, step])
+    old = [other for other in self._steps if other not in kept]
+    self._steps = [*(s for s in self._steps if s in kept), step]
     if jax.process_index() == 0:
       self._thread = threading.Thread(
-        target=self._seal, args=(step,), name="checksums", daemon=True
+        target=self._seal, args=(step, old), name="checksums", daemon=True
       )
       self._thread.start()
 
-  def _seal(self, step: int) -> None:
-    """Waits for the commit, then writes the checksums."""
-    while self._manager.is_saving_in_progress():
-      time.sleep(_POLL_S)
-    folder = self._folder / str(step)
+  def _seal(self, step: int, old: Sequence[int]) -> None:
+    """Waits for the commit, writes the checksums, then deletes the old."""
     try:
+      while self._manager.is_saving_in_progress():
+        time.sleep(_POLL_S)
+      folder = self._folder / str(step)
       # A save that failed left none; orbax raises that to whoever waits.
-      if folder.is_dir():
-        checksums.write(folder)
-    except OSError as error:
+      if not folder.is_dir():
+        return
+      checksums.write(folder)
+      for other in old:
+        self._delete(other)
+    # A thread's error is seen by nobody: the next `_join` raises it.
+    except Exception as error:
       self._error = error
+
+  def _delete(self, step: int) -> None:
+    """Under another name first: half a checkpoint must not look like one."""
+    folder = self._folder / str(step)
+    if folder.exists():
+      doomed = self._folder / f"{step}.deleted{_UNFINISHED}"
+      shutil.rmtree(folder.rename(doomed))
 
   def _join(self) -> None:
     if self._thread is not None:
@@ -118,16 +145,22 @@ class Checkpoints:
   def restore(self, step: int, abstract: Any) -> tuple[Any, dict]:
     """Returns (state, host) of a step, with the shardings of `abstract`.
 
+    All processes must call it: process 0 checks the files.
+
     Raises:
       ConfigError: the checkpoint is damaged, or does not fit `abstract`.
+      OSError: the disk did not let process 0 check the files.
     """
-    problem = self._problem(step)
-    if _agree(problem is not None):
+    problem, is_sealed = resume.from_first(lambda: self._examine(step))
+    found = None
+    if problem is None:
+      found, problem = self._try(step, abstract, is_sealed)
+    if found is None:
       raise checks.ConfigError(
-        f"workdir = {self._workdir}: checkpoints/{step} is damaged:"
-        f" {problem or 'process 0 says how'}; use another step"
+        f"workdir = {self._workdir}: checkpoints/{step} is damaged: {problem};"
+        f" {_AWAY}"
       )
-    return self._read(step, abstract)
+    return found
 
   def restore_newest(
     self, abstract: Any, note: Callable[[str], None]
@@ -135,8 +168,9 @@ class Checkpoints:
     """Returns (step, state, host) of the newest checkpoint that is whole.
 
     Newer, damaged ones go to `workdir/damaged_checkpoints`, so that their steps
-    can be saved again; nothing is deleted. All processes must call it: process
-    0 checks the files.
+    can be saved again. What a killed run has not finished saving or deleting is
+    deleted. All processes must call it, and none may be at work in the folder:
+    process 0 checks the files.
 
     Args:
       abstract: the state's shapes, dtypes and shardings.
@@ -147,16 +181,19 @@ class Checkpoints:
 
     Raises:
       ConfigError: all are damaged, and stay where they are; or the newest
-        whole one is of a state with other fields, shapes or dtypes.
+        whole one is of a state with other fields, shapes or dtypes; or, of
+        several processes, this one cannot read one without checksums, which
+        the others perhaps can: it stays, too, and this process must end.
+      OSError: the disk did not let process 0 check the files. That is no
+        damage, and nothing was moved.
     """
+    self._use(resume.from_first(self._tidy))
     problems = {}
-    for step in sorted(self._manager.all_steps(), reverse=True):
-      problem = self._problem(step)
-      if _agree(problem is not None):
-        problems[step] = problem or "process 0 says how"
-        continue
-      is_sealed = _agree(checksums.exist(self._folder / str(step)))
-      found, problem = self._try(step, abstract, is_sealed)
+    for step in reversed(self._steps):
+      problem, is_sealed = resume.from_first(lambda s=step: self._examine(s))
+      found = None
+      if problem is None:
+        found, problem = self._try(step, abstract, is_sealed)
       if found is None:
         problems[step] = problem
         continue
@@ -175,46 +212,79 @@ class Checkpoints:
       f" checkpoints/{step}, {problem}; put back a copy, or use another workdir"
     )
 
-  def _problem(self, step: int) -> str | None:
-    if jax.process_index() != 0:
-      return None
-    return checksums.problem(self._folder / str(step))
+  def _list(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  def _tidy(self) -> list[int]:
+    """Deletes what is not whole and never will be; the steps that are."""
+    for path in self._folder.glob(f"*{_UNFINISHED}*"):
+      shutil.rmtree(path)
+    return self._list()
+
+  def _use(self, steps: Collection[int]) -> None:
+    """From now on these, of process 0's listing, are all there are."""
+    self._steps = sorted(steps)
+    # orbax refuses a step that it has listed. `reload` would list again.
+    self._manager._checkpoints.delete_if(lambda info: info.step not in steps)
+
+  def _examine(self, step: int) -> tuple[str | None, bool]:
+    """(what is wrong by the checksums, whether there are any)."""
+    folder = self._folder / str(step)
+    return checksums.problem(folder), checksums.exist(folder)
 
   def _try(self, step, abstract, is_sealed):
-    """((state, host), None), or (None, what is wrong) in all processes."""
+    """((state, host), None), or (None, what is wrong) in the one process.
+
+    Of several processes one alone may fail. It cannot tell the others, which
+    wait for it within orbax, so it must end, and they with it.
+    """
     if is_sealed:
       return self._read(step, abstract), None
-    found, problem = None, "another process cannot read it"
     try:
-      found = self._read(step, abstract)
-    except checks.ConfigError:
+      return self._read(step, abstract), None
+    # Of a device, or of another process: the file may be as it should.
+    except (checks.ConfigError, jax.errors.JaxRuntimeError):
       raise
-    except _UNREADABLE as error:
+    # orbax has no class of its own for bad files, and for one that is gone
+    # raises a bare Exception.
+    except Exception as error:
+      # That another process is lost comes as a ValueError from orbax's barrier.
+      lost = jax.errors.JaxRuntimeError(str(error))
+      if peers.explain(lost) is not None:
+        raise lost from error
       problem = f"orbax cannot read it: {' '.join(str(error).split())[:200]}"
-    is_read = multihost_utils.process_allgather(np.int32(found is not None))
-    return (found, None) if np.all(is_read) else (None, problem)
+      if jax.process_count() == 1:
+        return None, problem
+      raise checks.ConfigError(
+        f"workdir = {self._workdir}: checkpoints/{step} has no"
+        f" {checksums.NAME}, and {problem}; {_AWAY}"
+      ) from error
 
   def _set_aside(self, problems, good, note) -> None:
     """Moves damaged checkpoints out of the way of a later save."""
-    for step, problem in problems.items():
-      target = self._workdir / DAMAGED / str(step)
-      if jax.process_index() == 0:
-        target.parent.mkdir(exist_ok=True)
-        n = 1
-        while target.exists():
-          n += 1
-          target = target.with_name(f"{step}-{n}")
-        (self._folder / str(step)).rename(target)
+    names = resume.from_first(lambda: [self._move(step) for step in problems])
+    for (step, problem), name in zip(problems.items(), names, strict=True):
       note(
         f"warning: checkpoints/{step} is damaged: {problem}; moved to"
-        f" {DAMAGED}/{target.name}, the one of step {good} is used"
+        f" {DAMAGED}/{name}, the one of step {good} is used"
       )
-    if problems:
-      multihost_utils.sync_global_devices("damaged checkpoints are moved")
-      self._manager.reload()
+    self._use([step for step in self._steps if step not in problems])
+
+  def _move(self, step: int) -> str:
+    target = self._workdir / DAMAGED / str(step)
+    target.parent.mkdir(exist_ok=True)
+    n = 1
+    while target.exists():
+      n += 1
+      target = target.with_name(f"{step}-{n}")
+    (self._folder / str(step)).rename(target)
+    return target.name
 
   def _read(self, step: int, abstract: Any) -> tuple[Any, dict]:
     there = self._manager.item_metadata(step).state
+    # Of a file that is gone orbax says that nothing was saved.
+    if not jax.tree.leaves(there):
+      raise ValueError("it does not say what was saved")
     wanted, late = fit.check(
       abstract,
       there,
@@ -235,22 +305,27 @@ class Checkpoints:
     path = self._folder / str(step) / "about" / "metadata"
     if not path.exists():
       return "format 1"
-    about = json.loads(path.read_text())
-    versions = about["versions"]
-    return (
-      f"format {about['format']}, dpc_jax {versions['dpc_jax']}, jax"
-      f" {versions['jax']}, flax {versions['flax']}, optax {versions['optax']}"
-    )
+    try:
+      about = json.loads(path.read_text())
+      names = ("dpc_jax", "jax", "flax", "optax")
+      versions = [f"{name} {about['versions'][name]}" for name in names]
+      return ", ".join([f"format {about['format']}", *versions])
+    except (KeyError, TypeError, ValueError):
+      return "a program that its damaged about/ does not tell"
 
   def wait(self) -> None:
     """Returns when all is on disk, checksums too."""
-    self._manager.wait_until_finished()
-    self._join()
+    try:
+      self._manager.wait_until_finished()
+    finally:
+      self._join()
 
   def close(self) -> None:
     """Waits and lets go of the folder."""
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
 
 
 @dataclasses.dataclass
@@ -261,22 +336,13 @@ class _Policy:
   best: bool
   scores: dict[int, float] = dataclasses.field(default_factory=dict)
 
-  def should_preserve(
-    self, checkpoints: Sequence[Any], *, context: Any
-  ) -> list[bool]:
-    """One bool for each of the checkpoints, which come oldest first."""
-    del context
-    steps = [info.step for info in checkpoints]
+  def kept(self, steps: Sequence[int]) -> set[int]:
+    """Those of the steps, which come oldest first, that stay."""
     kept = set(steps[-self.newest :])
     rated = [step for step in steps if step in self.scores]
     if self.best and rated:
       kept.add(max(rated, key=self.scores.__getitem__))
-    return [step in kept for step in steps]
-
-
-def _agree(value: bool) -> bool:
-  """What process 0 says, in all processes."""
-  return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    return kept
 
 
 def _about() -> dict[str, Any]:

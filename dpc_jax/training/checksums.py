@@ -38,6 +38,9 @@ def problem(folder: pathlib.Path) -> str | None:
 
   Files that came later are of no interest. A folder without checksums has no
   problem that they could show.
+
+  Raises:
+    OSError: a file is there, but cannot be read now. That is no damage.
   """
   if not exist(folder):
     return None
@@ -67,10 +70,8 @@ def _compare(folder, name, size, digest) -> str | None:
     if there != size:
       return f"{name} has {there} bytes in place of {size}"
     return None if _measure(path)[1] == digest else f"{name} has changed"
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return f"{name} is missing"
-  except OSError as error:
-    return f"{name}: {error.strerror}"
 
 
 def _measure(path) -> tuple[int, str]:

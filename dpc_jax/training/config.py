@@ -248,6 +248,10 @@ def claim_workdir(config: Any, workdir: pathlib.Path) -> None:
     ) from None
 
 
+# Fields that older programs did not have, and the value that they had.
+_ADDED = {"precision.ranges": "batch"}
+
+
 def _check_claim(config, workdir, text) -> None:
   try:
     there = _flat(json.loads(text))
@@ -260,7 +264,8 @@ def _check_claim(config, workdir, text) -> None:
   differences = [
     f"{name}: there {_shown(there, name)}, here {_shown(here, name)}"
     for name in sorted({*here, *there} - set(_NOT_COMPARED))
-    if not name.startswith(unread) and here.get(name) != there.get(name)
+    if not name.startswith(unread)
+    and here.get(name, _ADDED.get(name)) != there.get(name, _ADDED.get(name))
   ]
   if differences:
     more = len(differences) - _SHOWN

@@ -10,7 +10,6 @@ is wrong can be said in one line.
 import dataclasses
 import functools
 import importlib.util
-import os
 import pathlib
 import re
 import socket
@@ -34,7 +33,6 @@ SHUTDOWN_TIMEOUT_S = 60
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
 _COUNT = "JAX_NUM_PROCESSES"
 _INDEX = "JAX_PROCESS_ID"
-_BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 _PORT = "JAX_COORDINATOR_PORT"
 # Ports of jobs under SLURM and Open MPI, by the job's number, as JAX's own.
 _PORTS = 2**12
@@ -50,7 +48,7 @@ class Plan:
   """How this process joins the others.
 
   Attributes:
-    source: who says so, in words.
+    source: who says so, or what says where process 0 is: a flag, a variable.
     detection: JAX's own method that finds what is None below; None where
       nothing has to be found.
     coordinator: HOST:PORT of process 0, reachable from all.
@@ -129,15 +127,19 @@ def join(found: Plan, timeout_s: float = JOIN_TIMEOUT_S) -> None:
   """Joins the others; call it before anything asks JAX for devices.
 
   Raises:
-    ConfigError: the port is taken, the coordinator is not reached or processes
-      are missing after `timeout_s`, two have the same index or another count.
+    rendezvous.AbsentError: a ConfigError; the coordinator is not reached or
+      processes are missing after `timeout_s`: another time they may be there.
+    ConfigError: the port is taken, two have the same index or another count.
       On TPU and Kubernetes, where JAX finds the addresses, it is JAX that ends
       a process which does not find the others in time.
   """
   if found.detection is None:
-    bind = os.environ.get(_BIND)
     rendezvous.meet(
-      found.coordinator, found.processes, found.process, timeout_s, bind
+      found.coordinator,
+      found.processes,
+      found.process,
+      timeout_s,
+      found.source,
     )
   devices = found.local_devices
   try:
@@ -153,7 +155,8 @@ def join(found: Plan, timeout_s: float = JOIN_TIMEOUT_S) -> None:
       shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
     )
   except (RuntimeError, ValueError, OSError) as error:
-    raise checks.ConfigError(
+    is_late = "DEADLINE_EXCEEDED" in str(error)
+    raise (rendezvous.AbsentError if is_late else checks.ConfigError)(
       f"{found.source}: the processes did not find each other: {error}"
     ) from None
 
@@ -212,16 +215,20 @@ def _explicit(environment, coordinator, processes, process) -> Plan | None:
       f"{' and '.join(missing)} missing; several processes need all of"
       " --coordinator=HOST:PORT --processes=N --process=I"
     )
+  # Whichever of the two it was is to blame.
+  where = "--coordinator" if coordinator else _ADDRESS
+  count = "--processes" if processes is not None else _COUNT
+  index = "--process" if process is not None else _INDEX
   coordinator, processes, process = named.values()
-  rendezvous.split(coordinator)
+  rendezvous.split(coordinator, where)
   if processes < 1:
-    raise checks.ConfigError(f"--processes={processes}: must be at least 1")
+    raise checks.ConfigError(f"{count}={processes}: must be at least 1")
   if not 0 <= process < processes:
     raise checks.ConfigError(
-      f"--process={process}: must be in 0..{processes - 1}, since there are"
+      f"{index}={process}: must be in 0..{processes - 1}, since there are"
       f" {processes} processes"
     )
-  return Plan("flags", None, coordinator, processes, process)
+  return Plan(where, None, coordinator, processes, process)
 
 
 def _first(flag, environment, name) -> int | None:
@@ -280,9 +287,13 @@ def _slurm(environment) -> Plan | None:
   if nodes is None or None in (processes, process, job) or processes == 1:
     return None
   # "node001", "node001,b2", "node[001-015],b2", "node[001,007-015]"
-  first = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
+  first = re.match(r"([^,\[\]]+)(?:\[([^,\-\[\]]+)[^\[\]]*\])?(?=,|$)", nodes)
   if first is None:
-    raise checks.ConfigError(f"SLURM_STEP_NODELIST={nodes}: names no host")
+    raise checks.ConfigError(
+      f"SLURM_STEP_NODELIST={nodes}: not of the form node[1-4],other, so the"
+      " first host is not known; give --coordinator=HOST:PORT"
+      f" --processes={processes} --process=$SLURM_PROCID"
+    )
   return Plan(
     "SLURM",
     None,

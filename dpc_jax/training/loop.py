@@ -1,13 +1,14 @@
 """The training loop: build, compile once, train, evaluate, save, report."""
 
 import collections
+import contextlib
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
 import ml_collections
-from jax.experimental import multihost_utils
 
 from dpc_jax.training import (
   auto_bounds,
@@ -22,10 +23,10 @@ from dpc_jax.training import (
   sharding,
   termination,
 )
-from dpc_jax.training import config as config_lib
 from dpc_jax.training import metrics as metrics_lib
 from dpc_jax.training import state as state_lib
 from dpc_jax.training import summary as summary_lib
+from dpc_jax.training import workdir as workdir_lib
 
 # Steps whose metrics may wait on the device for the next log.
 _METRICS_HELD = 256
@@ -68,18 +69,17 @@ def train_and_evaluate(
   # Building reads the data: a signal that comes meanwhile must not be lost.
   with termination.watch() as is_stopping:
     parts = build.build(config)
-    config_lib.claim_workdir(parts.config, workdir)
-    done = summary_lib.read(workdir)
-    if done is not None:
-      if jax.process_index() == 0:
-        print(f"{workdir}: finished already; delete it to train again")
-      return done
-    run = _Run(parts, workdir)
-    try:
-      with peers.hurry():
-        return run.train(is_stopping)
-    finally:
-      run.close()
+    with workdir_lib.held(parts.config, workdir) as done:
+      if done is None:
+        return _train(parts, workdir, is_stopping)
+  if jax.process_index() == 0:
+    print(f"{workdir}: finished already; delete it to train again")
+  return done
+
+
+def _train(parts, workdir, is_stopping) -> dict[str, Any] | None:
+  with contextlib.closing(_Run(parts, workdir)) as run, peers.hurry():
+    return run.train(is_stopping)
 
 
 class _Run:
@@ -87,12 +87,20 @@ class _Run:
 
   def __init__(self, parts: build.Parts, workdir: pathlib.Path):
     self.parts, self.workdir = parts, workdir
+    # What opens is closed, though what follows it fails.
+    with contextlib.ExitStack() as opened:
+      self._open(opened)
+      self._opened = opened.pop_all()
+
+  def _open(self, opened: contextlib.ExitStack) -> None:
+    parts, workdir = self.parts, self.workdir
     config = parts.config
     self.progress = metrics_lib.Progress(
       f"[{config.model.name} {config.precision.method}]",
       config.steps,
       parts.task.unit,
     )
+    opened.callback(self.progress.close)
     if config.data.fake:
       self.progress.note(
         f"data.fake is set: made-up {parts.task.unit} in the form of"
@@ -105,14 +113,19 @@ class _Run:
     self.checkpoints = checkpoint.Checkpoints(
       workdir, config.keep_checkpoints, config.keep_best
     )
-    host = self._restore()
+    opened.callback(self.checkpoints.close)
+    self.step, self.state, host = resume.start(
+      self.checkpoints, self.programs, self.progress.note
+    )
     self.sums = metrics_lib.Sums(**host["sums"])
     self.compile_seconds = host["compile_seconds"] + self.programs.seconds
     # The compiled step cannot be traced again: one for each start of the run.
     self.compile_count = host["compile_count"] + self.programs.traces[0]
     self.batches = parts.feed.train(self.step, config.steps)
+    opened.callback(self.batches.close)
     self.health = health.Watch(parts, self.state)
     self.writer = metrics_lib.Writer(workdir)
+    opened.callback(self.writer.close)
     self.bits_log = None
     self.owes_evaluation = resume.cut_lines(
       workdir, self.step, self._evaluates()
@@ -130,17 +143,6 @@ class _Run:
       )
     # Last: what came before, TensorFlow's import among it, is not the run.
     self.watch = metrics_lib.Stopwatch(host["seconds"])
-
-  def _restore(self) -> dict[str, Any]:
-    found = self.checkpoints.restore_newest(
-      self.programs.abstract, self.progress.note
-    )
-    if found is None:
-      self.step, self.state = 0, self.programs.init()
-      return resume.first_host()
-    self.step, self.state, host = found
-    self.progress.note(f"going on from the checkpoint of step {self.step}")
-    return host
 
   def _evaluates(self) -> bool:
     """Whether an evaluation belongs to the current step."""
@@ -357,10 +359,13 @@ class _Run:
 
   def _finish(self) -> dict[str, Any]:
     self.checkpoints.wait()
+    text = None
     if jax.process_index() == 0:
-      summary_lib.write(self.workdir, self._summary())
-    multihost_utils.sync_global_devices("summary.json is written")
-    summary = summary_lib.read(self.workdir)
+      summary = self._summary()
+      summary_lib.write(self.workdir, summary)
+      text = json.dumps(summary)
+    # Told, not read: a shared disk may show the file to the others later.
+    summary = json.loads(workdir_lib.tell(text))
     cost = 1 - summary["saving_vs_static"]
     b_max = self.parts.config.precision.b_max
     self.progress.note(
@@ -388,7 +393,5 @@ class _Run:
     return summary | summary_lib.environment(self.parts.mesh)
 
   def close(self) -> None:
-    self.progress.close()
-    self.batches.close()
-    self.checkpoints.close()
-    self.writer.close()
+    """Closes all, though one of them fails."""
+    self._opened.close()

@@ -71,19 +71,21 @@ def partition(
   if preset not in PRESETS:
     checks.fail("mesh.sharding", preset, f"use {', '.join(PRESETS)}")
   rules = [_parsed(rule) for rule in rules]
-  unused = dict.fromkeys(pattern.pattern for pattern, _ in rules)
+  unused = list(rules)
   specs = {}
   for path, leaf in leaf_paths(params).items():
     found = next((r for r in rules if r[0].fullmatch(path)), None)
     if found is None:
       specs[path] = _by_preset(preset, path, leaf.shape, sizes)
     else:
-      unused.pop(found[0].pattern, None)
+      unused = [rule for rule in unused if rule is not found]
       specs[path] = PartitionSpec(*found[1])
       _check_fit(found[0].pattern, path, leaf.shape, specs[path], sizes)
-  for pattern in unused:
+  for pattern, _ in unused:
     checks.fail(
-      "mesh.rules", pattern, "no parameter meets this rule first; remove it"
+      "mesh.rules",
+      pattern.pattern,
+      "no parameter meets this rule first; remove it",
     )
   _check_used(preset, specs, sizes)
   return specs
@@ -128,6 +130,8 @@ def follow(tree: Any, params: Any, specs: Specs) -> Any:
 
 def gathered(spec: PartitionSpec) -> PartitionSpec:
   """`spec` without the axis `fsdp`: as the products take a parameter."""
+  if not any("fsdp" in _axes_of(entry) for entry in spec):
+    return spec
   return PartitionSpec(
     *(
       tuple(name for name in _axes_of(entry) if name != "fsdp") or None
@@ -173,7 +177,11 @@ def _parsed(rule) -> tuple[re.Pattern, tuple[Any, ...]]:
   if not (isinstance(rule, list | tuple) and len(rule) == 2):
     checks.fail("mesh.rules", rule, remedy)
   pattern, entries = rule
-  if not isinstance(pattern, str) or not isinstance(entries, list | tuple):
+  if not (
+    isinstance(pattern, str)
+    and isinstance(entries, list | tuple)
+    and all(_is_entry(entry) for entry in entries)
+  ):
     checks.fail("mesh.rules", rule, remedy)
   names = [name for entry in entries for name in _axes_of(entry)]
   if len(set(names)) < len(names):
@@ -189,6 +197,12 @@ def _parsed(rule) -> tuple[re.Pattern, tuple[Any, ...]]:
     return re.compile(pattern), tuple(entries)
   except re.error as error:
     checks.fail("mesh.rules", pattern, f"no regular expression: {error}")
+
+
+def _is_entry(entry) -> bool:
+  if isinstance(entry, list | tuple):
+    return all(isinstance(name, str) for name in entry)
+  return entry is None or isinstance(entry, str)
 
 
 def _check_fit(pattern, path, shape, spec, sizes) -> None:

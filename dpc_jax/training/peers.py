@@ -12,10 +12,13 @@ import ctypes
 import errno
 import logging
 import os
+import pathlib
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 
@@ -27,53 +30,94 @@ GRACE_S = 10.0
 
 _AGAIN = "the same command goes on from the last save"
 _LOST = f"another process of this run was lost; {_AGAIN}"
-# What JAX says when another process does not answer: gloo, NCCL and the
-# coordination service.
-_SIGNS = (
-  "gloo",
-  "nccl",
-  "connection reset",
-  "connection closed",
-  "socket closed",
-  "coordination service",
-  "coordinationservice",
-  "heartbeat",
-  "barrier",
-  "preempted",
+_ABORTED = (
+  f"aborted; what JAX says stands above; if another process was lost, {_AGAIN}"
 )
+# What JAX says when another process does not answer, in lower case: gloo, NCCL,
+# gRPC and the coordination service. Their names alone say nothing: their
+# mistakes bear them, too.
+_SIGNS = re.compile(
+  r"connection (reset|closed|refused)|broken pipe|socket closed"
+  r"|caused pair closure|timed out waiting \d+ ?ms|remote process exited"
+  r"|failed to connect to all addresses|heartbeat timeout|sending heartbeats"
+  r"|barrier (failed|timed out)|coordination service has stopped"
+  r"|set to error|in error state|another task died"
+)
+# How XLA's errors begin, those too that JAX raises as ValueError, as it does
+# when a collective fails as the program is started.
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
+# Characters of JAX's own text that a line shows.
+_SHOWN = 160
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What TensorStore and TensorFlow say in place of the number.
 _FULL_TEXTS = ("no space left", "enospc", "quota exceeded", "edquot")
-_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# Where orbax is, and TensorStore below it, in paths and in texts.
+_SAVERS = ("orbax", "tensorstore")
 
-# C calls it as long as the process lives.
-_handler = None
+
+class Ending(NamedTuple):
+  """How a process ends.
+
+  Attributes:
+    line: what happened and what to do.
+    code: its exit code: `EXIT_CODE` if the same command goes on, 2 after a
+      user's mistake.
+    is_loss: another process was lost.
+  """
+
+  line: str
+  code: int = EXIT_CODE
+  is_loss: bool = False
 
 
-def explain(error: BaseException) -> str | None:
-  """One line on an error that neither the user nor the program made.
+class _Watch:
+  """What `watch` began: in it, `hurry` counts.
+
+  Attributes:
+    who: this process in words.
+    timer: of `hurry`, or None.
+    handler: what C calls on an abort, or None.
+  """
+
+  def __init__(self, who: str):
+    self.who = who
+    self.timer: threading.Timer | None = None
+    self.handler = None
+
+
+_watches: list[_Watch] = []
+
+
+def explain(
+  error: BaseException, workdir: str | os.PathLike = ""
+) -> Ending | None:
+  """How to end after an error that is no fault of the program.
+
+  A full disk, a lost process where there are several, and a path that the
+  system refuses: below the workdir something befell the run; elsewhere, such
+  as in `data.dir`, somebody has to correct a path or its permissions.
 
   Args:
     error: as it was raised; what it was raised from counts, too.
+    workdir: of the run; "" if there is none.
 
   Returns:
-    What happened and what to do; None for any other error. That a process was
-    lost is only said where there are several.
+    None for any other error.
   """
   for link in _chain(error):
     text = str(link).lower()
-    if isinstance(link, OSError) and link.errno in _UNWRITABLE:
-      return f"{_where(link)}: {link.strerror}; mend it, and {_AGAIN}"
     number = link.errno if isinstance(link, OSError) else None
+    if number in _REFUSED:
+      return _refused(link, workdir)
     if number in _FULL or any(sign in text for sign in _FULL_TEXTS):
-      return f"{_where(link)}: the disk is full; make space, and {_AGAIN}"
-    is_told = isinstance(link, jax.errors.JaxRuntimeError)
-    if (
-      is_told
-      and jax.distributed.is_initialized()
-      and any(sign in text for sign in _SIGNS)
-    ):
-      return _LOST
+      where = _path(link) or "the workdir"
+      return Ending(f"{where}: the disk is full; make space, and {_AGAIN}")
+    is_told = isinstance(link, jax.errors.JaxRuntimeError) or (
+      isinstance(link, ValueError) and _STATUS.match(str(link))
+    )
+    if is_told and jax.distributed.is_initialized() and _SIGNS.search(text):
+      return Ending(f"{_LOST} (JAX: {_first_line(link)})", is_loss=True)
   return None
 
 
@@ -86,45 +130,101 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     error = error.__cause__ or error.__context__
 
 
-def _where(error: BaseException) -> str:
+def _refused(error: OSError, workdir: str | os.PathLike) -> Ending:
+  path = _path(error)
+  # Without a path it came while reading or writing what is open already.
+  if path is None or _is_below(path, workdir):
+    where = path or "a disk"
+    return Ending(f"{where}: {error.strerror}; mend it, and {_AGAIN}")
+  remedy = "change its permissions, or give another path"
+  if error.errno == errno.EIO:
+    remedy = "its disk is damaged or gone; mend it, or give another path"
+  elif error.errno == errno.EROFS:
+    remedy = "give another path"
+  return Ending(f"{path}: {error.strerror}; {remedy}", 2)
+
+
+def _path(error: BaseException) -> str | None:
   name = getattr(error, "filename", None)
-  return str(name) if name else "the workdir"
+  return os.fsdecode(name) if isinstance(name, str | bytes) and name else None
+
+
+def _is_below(path: str, workdir: str | os.PathLike) -> bool:
+  if not os.fspath(workdir):
+    return False
+  given = pathlib.Path(workdir).expanduser()
+  # With links followed, as orbax does, and without.
+  return any(
+    pathlib.Path(way(path)).is_relative_to(way(given))
+    for way in (os.path.abspath, os.path.realpath)
+  )
+
+
+def _first_line(error: BaseException) -> str:
+  """Of its text, shortened."""
+  line = " ".join((str(error).strip().splitlines() or [""])[0].split())
+  return line if len(line) <= _SHOWN else line[: _SHOWN - 3] + "..."
 
 
 @contextlib.contextmanager
-def watch(who: str = "") -> Iterator[None]:
+def watch(who: str = "", is_quiet: bool = True) -> Iterator[None]:
   """In it, an abort by JAX's coordination service ends with a line.
 
-  The line comes after JAX's own trace, and the exit code is `EXIT_CODE`. One
-  process by itself may abort as ever. Errors that the threads of orbax log with
-  a traceback are not shown: they are raised, too. After an error that holds to
-  the end of the process, when the rest of them comes.
+  The line comes after JAX's own trace, and the exit code is `EXIT_CODE`; any
+  other abort ends likewise, since they cannot be told apart. One process by
+  itself may abort as ever. The handler is in Python: while other C code holds
+  the interpreter's lock, and never lets go, an abort waits with it.
 
   Args:
     who: this process in words, to begin the line with: "process 0 of 2: ".
+    is_quiet: errors that the threads of orbax log with a traceback are not
+      shown: they are raised, too.
   """
-  if jax.distributed.is_initialized():
-    _end_aborts(f"error: {who}{_LOST}\n".encode())
+  watched = _Watch(who)
   loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-  for logger in loggers:
-    logger.addFilter(_has_no_traceback)
-  yield
-  for logger in loggers:
-    logger.removeFilter(_has_no_traceback)
+  with contextlib.ExitStack() as stack:
+    if jax.distributed.is_initialized():
+      stack.callback(_end_aborts(watched))
+    if is_quiet:
+      for logger in loggers:
+        logger.addFilter(_is_shown)
+        stack.callback(logger.removeFilter, _is_shown)
+    _watches.append(watched)
+    try:
+      yield
+    finally:
+      _watches.remove(watched)
+      if watched.timer is not None:
+        watched.timer.cancel()
 
 
-def _has_no_traceback(record: logging.LogRecord) -> bool:
-  return not record.exc_info
+def _is_shown(record: logging.LogRecord) -> bool:
+  """Whether a record of a log is no traceback of a save."""
+  if not record.exc_info:
+    return True
+  error = record.exc_info[1]
+  places = [record.pathname, str(error)]
+  trace = error.__traceback__ if error is not None else None
+  while trace is not None:
+    places.append(trace.tb_frame.f_code.co_filename)
+    trace = trace.tb_next
+  return not any(saver in place for place in places for saver in _SAVERS)
 
 
-def _end_aborts(line: bytes) -> None:
-  """From now on an abort writes the line and ends with `EXIT_CODE`."""
-
+def _end_aborts(watched: _Watch) -> Callable[[], None]:
+  """From now on an abort writes the line; returns what ends that."""
+  line = f"error: {watched.who}{_ABORTED}\n".encode()
   # Python's own signal handlers wait for the interpreter's next step, which
   # does not come after an abort.
-  global _handler
-  _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _end(line))
-  ctypes.CDLL(None).signal(signal.SIGABRT, _handler)
+  watched.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(
+    lambda number: _end(line)
+  )
+  set_handler = ctypes.CDLL(None).signal
+  set_handler.argtypes = (ctypes.c_int, ctypes.c_void_p)
+  set_handler.restype = ctypes.c_void_p
+  address = ctypes.cast(watched.handler, ctypes.c_void_p)
+  former = set_handler(signal.SIGABRT, address)
+  return lambda: set_handler(signal.SIGABRT, former)
 
 
 @contextlib.contextmanager
@@ -132,15 +232,20 @@ def hurry(grace_s: float = GRACE_S) -> Iterator[None]:
   """After the loss of a process in it, this one ends within `grace_s` seconds.
 
   What closes a run waits for the save under way, and that for all processes.
-  The error goes on its way, and whoever gets it may be faster.
+  The error goes on its way, and whoever gets it may be faster. It ends a
+  process only within `watch`, that of the command line, and no more after it:
+  a caller of the library may want to go on.
   """
   try:
     yield
-  except (jax.errors.JaxRuntimeError, TimeoutError) as error:
-    if explain(error) == _LOST:
-      timer = threading.Timer(grace_s, _end, [f"error: {_LOST}\n".encode()])
-      timer.daemon = True
-      timer.start()
+  except (jax.errors.JaxRuntimeError, ValueError) as error:
+    found = explain(error)
+    if _watches and found is not None and found.is_loss:
+      watched = _watches[-1]
+      line = f"error: {watched.who}{found.line}\n".encode()
+      watched.timer = threading.Timer(grace_s, _end, [line])
+      watched.timer.daemon = True
+      watched.timer.start()
     raise
 
 

@@ -3,6 +3,9 @@
 Process 0 listens at the coordinator's port; the others come, say who they are
 and wait. When all are there they are sent on, and JAX's coordination service
 takes over the port. A mistake ends all of them, each with one line.
+
+Nothing is secret here, nor in what JAX does afterwards: whoever reaches the
+port can join or end a run. It must be private to the run's hosts.
 """
 
 import contextlib
@@ -16,15 +19,26 @@ from collections.abc import Iterator
 from dpc_jax.training import checks
 
 _HELLO = "dpc_jax process"
+# Answers: all are there, or a line after one of the others.
 _GO = "go"
+_ABSENT = "absent: "
+_MISTAKE = "mistake: "
 _RETRY_S = 0.3
 # What is longer, or slower, is not one of us.
 _LONGEST = 1_000
 _PATIENCE_S = 5.0
 
 
-def split(address: str) -> tuple[str, int]:
+class AbsentError(checks.ConfigError):
+  """Processes did not find each other in time; another time they may."""
+
+
+def split(address: str, name: str = "--coordinator") -> tuple[str, int]:
   """(host, port) of HOST:PORT; an IPv6 host is in brackets there.
+
+  Args:
+    address: the text.
+    name: who gave it, for the error.
 
   Raises:
     ConfigError: it is something else.
@@ -32,7 +46,7 @@ def split(address: str) -> tuple[str, int]:
   match = re.fullmatch(r"(?:\[([^\[\]\s]+)\]|([^:\[\]\s/]+)):(\d+)", address)
   if match is None or not 1 <= int(match[3]) <= 65535:
     raise checks.ConfigError(
-      f"--coordinator={address}: must be HOST:PORT, such as 10.0.0.2:8476"
+      f"{name}={address}: must be HOST:PORT, such as 10.0.0.2:8476"
     )
   return match[1] or match[2], int(match[3])
 
@@ -42,41 +56,44 @@ def meet(
   processes: int,
   process: int,
   timeout_s: float,
-  bind: str | None = None,
+  name: str = "--coordinator",
 ) -> None:
   """Returns when all `processes` are at `address`.
 
   Args:
-    address: HOST:PORT of process 0; it is free again on return.
+    address: HOST:PORT of process 0, which listens there at all its interfaces;
+      it is free again on return.
     processes: how many, at least 2.
     process: this one, in 0..processes-1.
     timeout_s: how long to wait for the others.
-    bind: HOST:PORT to listen at; None: all interfaces, the same port.
+    name: who gave the address, for the errors.
 
   Raises:
-    ConfigError: the port is taken, nobody answers, processes are missing, two
-      are the same one, or another number of them was started.
+    AbsentError: nobody answers, or processes are missing.
+    ConfigError: the port is taken, two processes are the same one, or another
+      number of them was started.
   """
   deadline = time.monotonic() + timeout_s
   if process == 0:
-    _receive(address, processes, deadline, timeout_s, bind)
+    _receive(address, processes, deadline, timeout_s, name)
   else:
-    _come(address, f"{_HELLO} {process} {processes}", deadline, timeout_s)
+    hello = f"{_HELLO} {process} {processes}"
+    _come(address, hello, deadline, timeout_s, name)
 
 
-def _receive(address, processes, deadline, timeout_s, bind) -> None:
+def _receive(address, processes, deadline, timeout_s, name) -> None:
   """Process 0: waits for the others, and sends them on or home."""
   there: dict[int, socket.socket] = {}
   with contextlib.ExitStack() as stack:
     selector = stack.enter_context(selectors.DefaultSelector())
-    server = stack.enter_context(_listen(address, bind))
+    server = stack.enter_context(_listen(address, name))
     selector.register(server, selectors.EVENT_READ)
     try:
       while len(there) < processes - 1:
         left = deadline - time.monotonic()
         if left <= 0:
           missing = sorted(set(range(1, processes)) - set(there))
-          raise checks.ConfigError(
+          raise AbsentError(
             f"{_names(missing)} did not come to {address} within"
             f" {timeout_s:g} s; start all of them, or raise --join_timeout"
           )
@@ -87,72 +104,99 @@ def _receive(address, processes, deadline, timeout_s, bind) -> None:
           there.pop(ready[gone])
         if server in ready:
           visitor = stack.enter_context(server.accept()[0])
-          _greet(visitor, there, processes, selector)
+          _greet(visitor, there, processes, selector, deadline)
     except checks.ConfigError as error:
+      kind = _ABSENT if isinstance(error, AbsentError) else _MISTAKE
       for visitor in there.values():
-        _say(visitor, str(error))
+        _say(visitor, f"{kind}{error}")
       raise
     server.close()
     for visitor in there.values():
       _say(visitor, _GO)
 
 
-def _greet(visitor, there, processes, selector) -> None:
-  visitor.settimeout(_PATIENCE_S)
-  hello = re.fullmatch(rf"{_HELLO} (\d+) (\d+)", _hear(visitor) or "")
-  if hello is None:
+def _greet(visitor, there, processes, selector, deadline) -> None:
+  """Takes in who says a hello of ours; raises ConfigError on a mistake."""
+  patient_until = min(time.monotonic() + _PATIENCE_S, deadline)
+  hello = re.fullmatch(
+    rf"{_HELLO} (\d+) (\d+)", _hear(visitor, patient_until) or ""
+  )
+  index, count = (int(hello[1]), int(hello[2])) if hello else (0, 0)
+  # Process 0 is here, and nobody counts on from the last.
+  if not 1 <= index < count:
     visitor.close()
     return
-  index, count = int(hello[1]), int(hello[2])
-  mistake = None
   if count != processes:
-    mistake = f"--processes is {processes} here and {count} of process {index}"
-  elif index in there:
-    mistake = f"--process={index} was given to two processes"
-  if mistake:
-    _say(visitor, mistake)
-    raise checks.ConfigError(mistake)
+    _refuse(
+      visitor,
+      f"there are {processes} processes here and {count} for process {index};"
+      " give all the same number",
+    )
+  twice = f"two processes have the number {index}; give each its own"
+  if index in there:
+    older = there[index]
+    if _host(older) not in (None, _host(visitor)):
+      _refuse(visitor, twice)
+    # Started again, and the end of the older did not come through.
+    _say(older, f"{_MISTAKE}{twice}")
+    selector.unregister(older)
+    older.close()
   there[index] = visitor
   selector.register(visitor, selectors.EVENT_READ, index)
 
 
-def _listen(address, bind) -> socket.socket:
-  port = split(bind or address)[1]
-  host = split(bind)[0] if bind else ""
+def _host(visitor) -> str | None:
+  """Where it comes from; None if it is gone."""
+  with contextlib.suppress(OSError):
+    return visitor.getpeername()[0]
+  return None
+
+
+def _refuse(visitor, mistake: str) -> None:
+  _say(visitor, f"{_MISTAKE}{mistake}")
+  raise checks.ConfigError(mistake)
+
+
+def _listen(address, name) -> socket.socket:
+  port = split(address, name)[1]
   try:
-    if not host and socket.has_dualstack_ipv6():
+    if socket.has_dualstack_ipv6():
       return socket.create_server(
         ("", port), family=socket.AF_INET6, dualstack_ipv6=True
       )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family)
+    return socket.create_server(("", port))
   except OSError as error:
     raise checks.ConfigError(
-      f"--coordinator={address}: cannot listen at port {port}"
+      f"{name}={address}: cannot listen at port {port}"
       f" ({os.strerror(error.errno)}); use another port, the same for all"
       " processes"
     ) from None
 
 
-def _come(address, hello, deadline, timeout_s) -> None:
+def _come(address, hello, deadline, timeout_s, name) -> None:
   """The others: until process 0 is there, and then until all are."""
   reason = "no answer"
   for left in _tries(deadline):
     try:
-      with socket.create_connection(split(address), timeout=left) as server:
+      with socket.create_connection(
+        split(address, name), timeout=left
+      ) as server:
         _say(server, hello)
-        server.settimeout(max(deadline - time.monotonic(), 0) + _PATIENCE_S)
-        answer = _hear(server)
+        answer = _hear(server, deadline + _PATIENCE_S) or ""
     except OSError as error:
       reason = error.strerror or str(error)
       continue
     if answer == _GO:
       return
-    if answer:
-      raise checks.ConfigError(answer)
+    for kind, raised in (
+      (_ABSENT, AbsentError),
+      (_MISTAKE, checks.ConfigError),
+    ):
+      if answer.startswith(kind):
+        raise raised(answer.removeprefix(kind))
     reason = "what answers there is no process of this program"
-  raise checks.ConfigError(
-    f"--coordinator={address}: not reached within {timeout_s:g} s ({reason});"
+  raise AbsentError(
+    f"{name}={address}: not reached within {timeout_s:g} s ({reason});"
     " start process 0 there, or raise --join_timeout"
   )
 
@@ -170,11 +214,12 @@ def _say(to: socket.socket, text: str) -> None:
     to.sendall(f"{text}\n".encode())
 
 
-def _hear(at: socket.socket) -> str | None:
-  """One line; None if it is none of ours, or does not come."""
+def _hear(at: socket.socket, deadline: float) -> str | None:
+  """One line; None if it is none of ours, or not there by the deadline."""
   said = b""
   with contextlib.suppress(OSError):
     while not said.endswith(b"\n") and len(said) < _LONGEST:
+      at.settimeout(max(deadline - time.monotonic(), 0.001))
       part = at.recv(_LONGEST)
       if not part:
         break

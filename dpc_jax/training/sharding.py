@@ -163,27 +163,38 @@ def make_gather(
   """Returns params -> params without their split over `fsdp`, for the products.
 
   Inside jit. Without it the partitioner may split the activations' features
-  instead, and send these around. None where nothing is split over `fsdp`.
+  instead, and send these around. The gradient of what was gathered is split
+  again, so that a compiler may scatter the sum over devices. None where nothing
+  is split over `fsdp`.
   """
-  if specs is None or mesh.shape["fsdp"] == 1:
+  specs = specs or {}
+  if all(partition.gathered(spec) == spec for spec in specs.values()):
     return None
 
-  def gather(params):
+  def constrained(params, change):
     shardings = jax.tree.map(
-      lambda spec: NamedSharding(mesh, partition.gathered(spec)),
+      lambda spec: NamedSharding(mesh, change(spec)),
       partition.follow(params, params, specs),
       is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
     return jax.lax.with_sharding_constraint(params, shardings)
 
+  @jax.custom_vjp
+  def gather(params):
+    return constrained(params, partition.gathered)
+
+  def split(_, gradients):
+    return (constrained(gradients, lambda spec: spec),)
+
+  gather.defvjp(lambda params: (gather(params), None), split)
   return gather
 
 
 def steps_ahead() -> int:
   """How many steps may be under way on the devices while the host goes on.
 
-  None on the CPUs of several processes: there, steps under way at once can
-  wait for each other's collectives for ever (seen with gloo, 4 processes).
+  0 on the CPUs of several processes: there, steps under way at once can wait
+  for each other's collectives for ever (seen with gloo, 4 processes).
   """
   several = jax.process_count() > 1
   return 0 if several and jax.default_backend() == "cpu" else 2

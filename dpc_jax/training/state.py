@@ -154,11 +154,13 @@ def keep_if_finite(
 ) -> tuple[TrainState, tasks.Metrics]:
   """Takes a step, or skips its update if loss or gradient is not finite.
 
-  A skipped step (our decision) leaves params, model_state, opt_state, carry and
-  loss as they were. What does not depend on the batch goes on: the step and
-  with it the noise, the schedule, the widths that it set, and the cost, which
-  was spent. So the optimizer's own count, and a learning rate that follows it,
-  lags a step behind. Its metrics are zero and leave sums as they are.
+  A gradient counts as not finite where its sum of squares is not, above a norm
+  of about 1.8e19. A skipped step (our decision) leaves params, model_state,
+  opt_state, carry and loss as they were. What does not depend on the batch goes
+  on: the step and with it the noise, the schedule, the widths that it set, and
+  the cost, which was spent. So the optimizer's own count, and a learning rate
+  that follows it, lags a step behind, its jumps too. Its metrics are zero and
+  leave sums as they are.
 
   Args:
     old: before the step.
@@ -170,7 +172,10 @@ def keep_if_finite(
     (state, metrics), of the structure of `new` and `metrics`.
   """
   leaves = jax.tree.leaves(grads)
-  finite = jnp.stack([jnp.all(jnp.isfinite(g)) for g in leaves])
+  # Of the squares: an optimizer squares them, too, and could not undo an inf.
+  finite = jnp.stack(
+    [jnp.isfinite(jnp.sum(jnp.square(g.astype(jnp.float32)))) for g in leaves]
+  )
   loss_is_finite = jnp.isfinite(new.loss)
   taken = loss_is_finite & jnp.all(finite)
 

@@ -5,9 +5,9 @@ r"""Counts what devices send each other in a recipe's train step.
 
 Beside each other: float, quantized over the ranges of the batch, and over
 those of the step before (`precision.ranges`). Read from the compiled program:
-nothing is run. Where there is one CPU alone it poses as 8 devices; a compiler
-for other devices may join other operands, but sends the same. The data is made
-up, in the data set's form.
+nothing is run. Where there is one CPU alone it poses as 8 devices, or as many
+as JAX_NUM_CPU_DEVICES says; a compiler for other devices may join other
+operands, but sends the same. The data is made up, in the data set's form.
 """
 
 import copy
@@ -106,12 +106,21 @@ def main() -> None:
   print(f"written: {path}")
 
 
+def pose_as_devices() -> None:
+  """Makes one CPU 8 devices, if the environment does not say how many."""
+  flags = os.environ.get("XLA_FLAGS", "")
+  if (
+    "JAX_NUM_CPU_DEVICES" not in os.environ
+    and "host_platform_device_count" not in flags
+  ):
+    jax.config.update("jax_num_cpu_devices", _DEVICES)
+
+
 def _cell(count: dict[str, int]) -> str:
   return f"{count['operands']:,} ({count['bytes']:,} B)"
 
 
 if __name__ == "__main__":
-  if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    jax.config.update("jax_num_cpu_devices", _DEVICES)
+  pose_as_devices()
   cli.define_config()
   sys.exit(cli.run(main, sys.argv))

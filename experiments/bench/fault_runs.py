@@ -1,5 +1,6 @@
 """Runs as child processes, and whether two of them ended alike, bit for bit."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -167,13 +168,26 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
   return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
-def is_saving(workdir: pathlib.Path) -> bool:
-  """Whether orbax is writing a checkpoint that is not complete."""
-  try:
-    names = os.listdir(workdir / "checkpoints")
-  except FileNotFoundError:
-    return False
-  return any("orbax-checkpoint-tmp" in name for name in names)
+def half_saved(workdir: pathlib.Path) -> set[tuple[str, int]]:
+  """{(name, time)} of checkpoints of orbax that are not complete."""
+  found = set()
+  folder = workdir / "checkpoints"
+  for path in folder.glob("*orbax-checkpoint-tmp*"):
+    # Complete, and renamed, meanwhile.
+    with contextlib.suppress(FileNotFoundError):
+      found.add((path.name, path.stat().st_mtime_ns))
+  return found
+
+
+def is_saving(workdir: pathlib.Path, before: Set[tuple[str, int]]) -> bool:
+  """Whether orbax is writing a checkpoint that is not complete.
+
+  Args:
+    workdir: of the run.
+    before: `half_saved` before the run was started: what a kill left there
+      stays, or is there again.
+  """
+  return not half_saved(workdir) <= before
 
 
 def reached_step(workdir: pathlib.Path) -> int:

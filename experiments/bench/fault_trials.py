@@ -23,6 +23,8 @@ ANY, TRAINING, SAVING = range(3)
 _DISK_MIB = 32
 # How far into a save a kill comes, at most, seconds.
 _INTO_SAVE_S = 0.05
+# How many saves may be over by then, until the kill comes after one.
+_SAVES = 3
 # How long after a logged step one comes in training, at most, seconds.
 _INTO_STEP_S = 0.02
 
@@ -129,14 +131,15 @@ class Bench:
       count = self._random.randint(1, 3)
     lost, reached, faults, while_saving = [0], 0, 0, 0
     for i in range(count):
+      before = fault_runs.half_saved(workdir)
       group = self._start(workdir)
       which = (self._trials + i) % 3 if moment is None else moment
-      if not self._wait_for(group, which):
+      if not self._wait_for(group, which, before):
         group.kill()
         break
       group.kill()
       faults += 1
-      while_saving += fault_runs.is_saving(workdir)
+      while_saving += fault_runs.is_saving(workdir, before)
       restored = group.restored_step()
       if restored is not None:
         lost.append(reached - restored)
@@ -270,8 +273,11 @@ class Bench:
     logs = self._folder / "logs" / name
     return fault_runs.Group(self._arguments, workdir, logs, processes)
 
-  def _wait_for(self, group, moment: int) -> bool:
-    """Waits for a moment by chance; whether the run still goes on then."""
+  def _wait_for(self, group, moment: int, before=frozenset()) -> bool:
+    """Waits for a moment by chance; whether the run still goes on then.
+
+    `before`: the checkpoints that were half saved when the run began.
+    """
     workdir = group.workdir
     if moment == ANY:
       time.sleep(self._random.uniform(0, self.seconds))
@@ -284,9 +290,12 @@ class Bench:
     if moment == TRAINING:
       time.sleep(self._random.uniform(0, _INTO_STEP_S))
     else:
-      if not group.wait_until(lambda: fault_runs.is_saving(workdir)):
-        return False
-      time.sleep(self._random.uniform(0, _INTO_SAVE_S))
+      for _ in range(_SAVES):
+        if not group.wait_until(lambda: fault_runs.is_saving(workdir, before)):
+          return False
+        time.sleep(self._random.uniform(0, _INTO_SAVE_S))
+        if fault_runs.is_saving(workdir, before):
+          break
     is_over = (workdir / "summary.json").exists()
     return not (is_over or group.has_ended())
 

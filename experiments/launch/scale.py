@@ -44,14 +44,16 @@ class Chip(NamedTuple):
 
 
 # Google Cloud documentation, "TPU v5e": 197 TFLOPs in bf16, 16 GB at 819 GBps,
-# 1600 Gbps between chips, a torus of two dimensions, 8 chips per host.
-V5E = Chip(197e12, 16e9, 819e9, 1600e9 / 8, 4, 8)
+# 1600 Gbps between chips, a torus of two dimensions. Slices of several hosts
+# are of VMs with 4 chips (ct5lp-hightpu-4t).
+V5E = Chip(197e12, 16e9, 819e9, 1600e9 / 8, 4, 4)
 # Fractions of the peak that products may reach; our assumption.
 UTILIZATION = (0.5, 0.2)
-# How often a number that is kept for the backward pass moves in all: it is
-# written and read once at least; without fusion it is also read for its range,
-# and read and written again to be rounded. Our assumption.
-MOVES = (2, 5)
+# How often a number that is kept for the backward pass moves in all, and its
+# gradient, which is as large: each is written and read once at least; without
+# fusion each is also read for its range, and read and written again to be
+# rounded. Our assumption.
+MOVES = (2 * 2, 2 * 5)
 # Seconds of a collective that moves next to nothing; our assumption.
 LATENCY_S = (10e-6, 50e-6)
 # Images/s that a host's core decodes: README, "ImageNet's input".

@@ -184,7 +184,7 @@ mesh.data=0 -> config.mesh.data = 0: there are 8 devices; use 1..8
 mesh.data=9 -> config.mesh.data = 9: there are 8 devices ... use 1..8
 mesh.data=3 -> config.batch_size = 64: must be a multiple of the 3 devices
 mesh.fsdp=0 -> config.mesh.fsdp = 0: there are 8 devices; use 1..8
-mesh.fsdp=16 -> 8 devices are no multiple of the other axes' 16
+mesh.fsdp=16 -> mesh.fsdp = 16 ... 8 devices are no multiple of 16; use
 mesh.tensor=-1 -> config.mesh.tensor = -1: there are 8 devices; use 1..8
 mesh.sharding=zero3 -> config.mesh.sharding = 'zero3': use one of none, replicat
 mesh.rules=abc -> config.mesh.rules = 'abc': a rule is (pattern

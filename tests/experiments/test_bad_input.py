@@ -91,6 +91,17 @@ def table():
   print(f"| all | {sum(map(len, lines.values()))} | |")
 
 
+def check_unchanged(folder, before):
+  """Nothing but the lock of a run that was refused is new."""
+  after = bad_disk.snapshot(folder)
+  new = {path: after.pop(path) for path in after.keys() - before.keys()}
+  assert after == before
+  assert all(
+    pathlib.PurePath(path).name == "lock" and content == b""
+    for path, content in new.items()
+  ), new
+
+
 def check_line(error, words):
   assert error.startswith("error: ") and error.count("\n") == 1, error
   check_words(error, words)
@@ -128,7 +139,7 @@ def test_it_is_one_line(
   check_line(error, words.replace("{disk}", str(disk)))
   assert code == 2
   assert seconds < SECONDS
-  assert bad_disk.snapshot(disk) == before
+  check_unchanged(disk, before)
   assert {path.name for path in tmp_path.iterdir()} <= {"run"}
   table[group.name].append(error.replace(str(disk), "DIR"))
 
@@ -145,7 +156,6 @@ def test_it_is_one_line(
 def test_the_program_itself(program, arguments, words, disk, tmp_path):
   places = {"digits": "configs/digits_resnet8.py", "disk": disk}
   recipe, *rest = arguments.format(**places).split()
-  start = time.perf_counter()
   done = subprocess.run(
     [
       *(sys.executable, "-m", f"experiments.{program}"),
@@ -155,11 +165,10 @@ def test_the_program_itself(program, arguments, words, disk, tmp_path):
     env={**os.environ, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=120,
   )
   assert done.returncode == 2
   check_line(done.stderr, words)
-  assert time.perf_counter() - start < 3 * SECONDS  # the machine may be busy
   assert not list(tmp_path.iterdir())
 
 
@@ -254,5 +263,5 @@ def test_a_damaged_run(
   assert time.process_time() - start < SECONDS
   error = capsys.readouterr().err
   check_line(error, words)
-  assert bad_disk.snapshot(tmp_path / "run") == before
+  check_unchanged(tmp_path / "run", before)
   table["damaged runs"].append(error.replace(str(tmp_path), "DIR"))

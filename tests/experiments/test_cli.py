@@ -5,7 +5,7 @@ import sys
 import pytest
 from absl import flags
 
-from dpc_jax.training import build, loop
+from dpc_jax.training import build, loop, peers, rendezvous
 from experiments import cli, train
 
 # ml_collections reads a recipe by a way that Python will drop one day.
@@ -246,6 +246,25 @@ def test_exit_codes(command):
   code, _, err = command(*arguments, main=raises(KeyboardInterrupt()))
   assert code == 130
   assert err.count("\n") == 1
-  # A fault of the program keeps its traceback.
-  with pytest.raises(ValueError, match="ours"):
-    command(*arguments, main=raises(ValueError("ours")))
+  error = rendezvous.AbsentError("process 1 did not come")
+  code, _, err = command(*arguments, main=raises(error))
+  assert (code, err) == (3, "error: process 1 did not come\n")
+  error = PermissionError(13, "Permission denied", "/data/x")
+  code, _, err = command(*arguments, main=raises(error))
+  assert (code, err.count("\n")) == (2, 1)
+  assert err.startswith("error: /data/x: Permission denied; change its")
+  error = PermissionError(13, "Permission denied", "x/metrics.jsonl")
+  code, _, err = command(*arguments, main=raises(error))
+  assert (code, err.count("\n")) == (3, 1)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, TypeError])
+def test_a_fault_of_the_program_keeps_its_traceback(
+  error, command, monkeypatch
+):
+  """And the others, of several processes, are not held by it."""
+  left = []
+  monkeypatch.setattr(peers, "leave", left.append)
+  with pytest.raises(error, match="ours"):
+    command(DIGITS, "--workdir=x", main=raises(error("ours")))
+  assert left == [1]

@@ -1,6 +1,5 @@
 """The grid: methods x seeds, resumed, with failures, reported at the end."""
 
-import fcntl
 import json
 import sys
 
@@ -9,7 +8,7 @@ from absl import flags
 
 from dpc_jax import models
 from dpc_jax.training import config as config_lib
-from dpc_jax.training import loop, metrics
+from dpc_jax.training import loop, metrics, workdir
 from experiments import compare
 from tests.training import tiny
 
@@ -263,16 +262,14 @@ def test_a_half_done_run_goes_on_from_its_checkpoint(run, monkeypatch):
   assert "going on from the checkpoint of step 2" in out
 
 
-def test_a_run_of_another_process_is_left_to_it(run, trained, tmp_path):
-  folder = tmp_path / "dpc" / "seed0"
-  folder.mkdir(parents=True)
-  with (folder / "lock").open("w") as file:
-    fcntl.flock(file, fcntl.LOCK_SH)
-    code, _, err = run("static8", "dpc")
+def test_a_run_of_another_process_is_left_to_it(run, trained):
+  busy = workdir.BusyError("workdir = x: another process trains this run")
+  trained.fail["static8", 0] = busy
+  code, _, err = run("static8", "dpc")
   assert code == 1
-  assert "dpc, seed 0" in err and "another process trains this run" in err
-  assert trained.calls == [("static8", 0)]
-  assert [p.name for p in folder.iterdir()] == ["lock"]
+  assert "static8, seed 0" in err and "another process trains this run" in err
+  assert trained.calls == [("static8", 0), ("dpc", 0)]
+  trained.fail.clear()
   code, _, err = run("static8", "dpc")
   assert (code, err) == (0, "")
 

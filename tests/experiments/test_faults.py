@@ -1,12 +1,14 @@
 """A short campaign of faults on real runs, and what it compares by."""
 
 import json
+import os
 import shutil
 import signal
 
 import numpy as np
 import pytest
 
+from dpc_jax.training import distributed
 from experiments.bench import fault_runs, fault_trials, faults
 
 ARGUMENTS = (
@@ -48,6 +50,7 @@ def test_kills_while_saving(bench):
   outcome = bench.kill(count=2, moment=fault_trials.SAVING)
   assert_survived(outcome)
   assert outcome.faults >= 1
+  assert outcome.while_saving >= 1
   assert 0 <= outcome.lost <= 14
 
 
@@ -62,12 +65,28 @@ def test_a_dead_peer_ends_the_other(bench, monkeypatch):
   monkeypatch.setattr(bench, "_go_on", unfinished)
   outcome = bench.lose_peer(victim=0)
   assert_survived(outcome)
-  assert outcome.seconds < fault_trials.LOST_PEER_S
+  # Not by the heartbeat: the collective that breaks off tells.
+  assert outcome.seconds < distributed.HEARTBEAT_TIMEOUT_S / 2
 
 
 def test_a_file_in_place_of_the_folder(bench, monkeypatch):
   monkeypatch.setattr(bench, "_go_on", unfinished)
   assert_survived(bench.block_folder())
+
+
+def test_a_save_that_a_kill_left_is_none_under_way(tmp_path):
+  before = fault_runs.half_saved(tmp_path)
+  assert before == set() and not fault_runs.is_saving(tmp_path, before)
+  folder = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
+  folder.mkdir(parents=True)
+  assert fault_runs.is_saving(tmp_path, before)
+  left = fault_runs.half_saved(tmp_path)
+  assert not fault_runs.is_saving(tmp_path, left)
+  # The same step again, by the same name.
+  shutil.rmtree(folder)
+  folder.mkdir()
+  os.utime(folder, ns=(1, 1))
+  assert fault_runs.is_saving(tmp_path, left)
 
 
 @pytest.fixture

@@ -259,6 +259,15 @@ def test_slurm_goes_back_to_the_queue(home):
   assert said(home)[1:] == [["scontrol", "requeue", "12"]]
 
 
+def test_slurm_does_not_take_it_back(home):
+  """An exit code of 0 would mark the job as completed."""
+  program(home, "srun", "exit 0")
+  program(home, "scontrol", f"{TELL}; exit 1")
+  code, _, _ = run(home, "slurm.sbatch", **JOB, WORKDIR=str(home))
+  assert code == 75
+  assert said(home) == [["scontrol", "requeue", "12"]]
+
+
 def test_slurm_header():
   text = (LAUNCH / "slurm.sbatch").read_text()
   header = re.findall(r"^#SBATCH (.*)$", text, re.MULTILINE)
@@ -294,7 +303,7 @@ def test_jobset_numbers_and_names_agree(jobset):
   assert env["JAX_COORDINATOR_ADDRESS"]["value"] == (
     f"{host}.{network['subdomain']}:{port}"
   )
-  assert network["enableDNSHostnames"] and network["publishNotReadyAddresses"]
+  assert network["enableDNSHostnames"]
   assert env["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"] == (
     "metadata.annotations['batch.kubernetes.io/job-completion-index']"
   )
@@ -326,11 +335,17 @@ def test_jobset_command(jobset, known):
   assert command[:3] == ["python", "-m", "experiments.train"]
   values = known([x.replace("RECIPE", RECIPE) for x in command[3:]])
   assert values["workdir"] == workdir
+  # Longer than a node and an image take.
+  assert values["join_timeout"] == 1800
   volume, _ = workdir.rsplit("/", 1)
   assert volume in {m["mountPath"] for m in container["volumeMounts"]}
   assert values["config"].to_dict() == (
     imagenet_resnet50.get_config("dpc").to_dict()
   )
+
+
+# Until a trap ends it, however late the signal comes.
+WAIT = "while :; do sleep 0.02; done"
 
 
 @pytest.mark.parametrize(
@@ -340,10 +355,11 @@ def test_jobset_command(jobset, known):
     ("exit 0", False, 75),
     ("exit 2", False, 2),
     ("exit 1", True, 1),
-    ("trap 'exit 0' TERM; kill -TERM $PPID; sleep 0.3", False, 75),
-    ("trap 'exit 2' TERM; kill -TERM $PPID; sleep 0.3", False, 2),
+    ("exit 3", False, 3),
+    (f"trap 'exit 0' TERM; kill -TERM $PPID; {WAIT}", False, 75),
+    (f"trap 'exit 2' TERM; kill -TERM $PPID; {WAIT}", False, 2),
     # Before the program hears it.
-    ("kill -TERM $PPID; exec sleep 5", False, 75),
+    ("kill -TERM $PPID; exec sleep 15", False, 75),
     ("kill -TERM $$", False, 143),
   ],
 )

@@ -1,5 +1,7 @@
 """Checkpoints that are damaged, of another program, or the best of a run."""
 
+import errno
+import gc
 import json
 import pathlib
 import shutil
@@ -10,7 +12,7 @@ import pytest
 
 from dpc_jax.training import build, checkpoint, checks, checksums, loop
 from dpc_jax.training import config as config_lib
-from tests.training import runs, tiny
+from tests.training import processes, runs, tiny
 
 STEPS = 6
 
@@ -129,6 +131,192 @@ class TestWithoutChecksums:
     result = runs.train(config, workdir)
     assert "checkpoints/4 is damaged: orbax cannot read it" in result.output
     assert "going on from the checkpoint of step 2" in result.output
+
+
+def value(step):
+  # Large enough not to be written into the files that list the others.
+  rows = np.arange(step, 4096 + step, dtype=np.float32)
+  return {"a": rows, "b": {"c": np.int32([[3, step]])}}
+
+
+ABSTRACT = jax.tree.map(
+  lambda x: jax.ShapeDtypeStruct(
+    x.shape,
+    x.dtype,
+    sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+  ),
+  value(0),
+)
+
+
+def save(workdir, steps=(1, 2), keep=20):
+  checkpoints = open_at(workdir, keep)
+  for step in steps:
+    checkpoints.save(step, jax.device_put(value(step)), {"step": step}, {})
+  checkpoints.close()
+  return workdir / "checkpoints"
+
+
+def newest(workdir, abstract=ABSTRACT):
+  """(step, lines) of what `restore_newest` finds, which must be right."""
+  checkpoints, lines = open_at(workdir), []
+  try:
+    step, state, host = checkpoints.restore_newest(abstract, lines.append)
+  finally:
+    checkpoints.close()
+  tiny.assert_same(tiny.leaves(state), tiny.leaves(value(step)))
+  assert host == {"step": step}
+  return step, lines
+
+
+def empty(path):
+  """A file of no bytes, or a folder of nothing."""
+  if path.is_dir():
+    shutil.rmtree(path)
+    path.mkdir()
+  else:
+    path.write_bytes(b"")
+
+
+def remove(path):
+  shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# Of a state that it cannot read orbax leaves other reads behind.
+@pytest.mark.filterwarnings(
+  "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+)
+class TestAnyFileWithoutChecksums:
+  """Whatever is gone, the one before it is used, or all is there."""
+
+  @pytest.fixture(autouse=True)
+  def leave_nothing(self):
+    """To the tests that come after."""
+    yield
+    gc.collect()
+
+  @pytest.mark.parametrize("damage", [remove, empty])
+  def test_gives_way(self, tmp_path, damage):
+    folder = save(tmp_path / "run") / "2"
+    (folder / checksums.NAME).unlink()
+    gave_way = set()
+    for i, path in enumerate(folder.rglob("*")):
+      workdir = tmp_path / str(i)
+      shutil.copytree(tmp_path / "run", workdir)
+      name = path.relative_to(folder)
+      damage(workdir / "checkpoints" / "2" / name)
+      step, lines = newest(workdir)
+      assert len(lines) == 1
+      if step == 2:
+        assert "no checksums.json" in lines[0]
+        continue
+      gave_way.add(str(name))
+      assert "checkpoints/2 is damaged: orbax cannot read it: " in lines[0]
+      # It makes place for what is saved there again.
+      assert (workdir / checkpoint.DAMAGED / "2").is_dir()
+    data = shard(folder).relative_to(folder)
+    assert data.parts[1] == "ocdbt.process_0"
+    assert gave_way >= {
+      *("state", "state/_METADATA", "state/manifest.ocdbt"),
+      *("host", "host/metadata"),
+      *(str(data), str(data.parent), str(data.parent.parent)),
+    }
+
+  @pytest.mark.parametrize("name", ["state/_METADATA", "state/ocdbt.process_0"])
+  def test_by_its_name(self, tmp_path, name):
+    """One line, with what to do."""
+    folder = save(tmp_path)
+    for step in ("1", "2"):
+      (folder / step / checksums.NAME).unlink()
+      remove(folder / step / name)
+    checkpoints = open_at(tmp_path)
+    with pytest.raises(checks.ConfigError) as caught:
+      checkpoints.restore(2, ABSTRACT)
+    with pytest.raises(checks.ConfigError, match="all checkpoints are damaged"):
+      checkpoints.restore_newest(ABSTRACT, pytest.fail)
+    checkpoints.close()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "checkpoints/2 is damaged: orbax cannot read it: " in message
+    assert "; move it out of that folder, and the one before it is" in message
+
+  def test_the_device_has_no_room(self, tmp_path, monkeypatch):
+    """That is no fault of the file."""
+    folder = save(tmp_path)
+    (folder / "2" / checksums.NAME).unlink()
+
+    def full(*args):
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_read", full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="EXHAUSTED"):
+      newest(tmp_path)
+    assert not (tmp_path / checkpoint.DAMAGED).exists()
+
+
+@pytest.mark.parametrize("code", ["EIO", "ESTALE", "EACCES", "EMFILE"])
+def test_a_disk_that_does_not_answer(tmp_path, monkeypatch, code):
+  """The checkpoint may be whole: it stays where it is."""
+  folder = save(tmp_path)
+
+  def fail(path):
+    raise OSError(getattr(errno, code), "no answer", str(path))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checksums, "_measure", fail)
+    with pytest.raises(OSError, match="no answer") as caught:
+      newest(tmp_path)
+  assert caught.value.errno == getattr(errno, code)
+  assert (folder / "2").is_dir()
+  assert newest(tmp_path) == (2, [])
+
+
+def test_what_a_killed_run_left_unfinished(tmp_path):
+  folder = save(tmp_path)
+  for name in ("3", "1.deleted"):
+    (folder / f"{name}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+  names = sorted(p.name for p in folder.iterdir())
+  # Somebody may look into a run that is under way, and save there.
+  open_at(tmp_path).close()
+  assert sorted(p.name for p in folder.iterdir()) == names
+  assert newest(tmp_path) == (2, [])
+  assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
+
+
+def test_a_listing_that_is_late(tmp_path):
+  """A step that process 0 does not see can be saved, and is not used."""
+  folder = save(tmp_path)
+  checkpoints = open_at(tmp_path)
+  shutil.rmtree(folder / "2")
+  checkpoints._tidy = lambda: [1]
+  assert checkpoints.restore_newest(ABSTRACT, pytest.fail)[0] == 1
+  assert checkpoints.latest_step() == 1
+  checkpoints.save(2, value(2), {"step": 2}, {})
+  checkpoints.close()
+  assert newest(tmp_path) == (2, [])
+
+
+def test_two_processes(tmp_path):
+  """They go by what process 0 sees, and end where one alone cannot read."""
+  started = processes.start("tests.training.restoring_processes", 2, tmp_path)
+  try:
+    codes = [p.wait(processes.DEADLINE_S) for p in started]
+  finally:
+    for p in started:
+      p.kill()
+      p.wait()
+  said = processes.output(tmp_path)
+  assert codes == [3, 2], said
+  for text in said:
+    assert "told: EIO of a file" in text
+    assert "restored: 1 [1.]" in text
+  assert "another process of this run was lost" in said[0]
+  assert (
+    f"error: workdir = {tmp_path}: checkpoints/2 has no checksums.json, and"
+    " orbax cannot read it: [Errno 5] Input/output error: 'a file'; move it"
+  ) in said[1]
+  assert (tmp_path / checkpoint.DAMAGED / "2").is_dir()
+  assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
 def test_a_folder_that_was_damaged_twice(config, workdir):
@@ -250,16 +438,41 @@ class TestTheBest:
     assert names == ({"2", "6"} if holdout else {"6"})
 
 
-def test_an_error_of_the_checksums_is_raised(tmp_path, monkeypatch):
-  def full(folder):
-    raise OSError(28, "No space left on device", str(folder))
+class TestAnErrorOfTheChecksums:
+  @pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), MemoryError("none left")]
+  )
+  def test_is_raised(self, tmp_path, monkeypatch, error):
+    def fail(folder):
+      raise error
 
-  checkpoints = open_at(tmp_path)
-  monkeypatch.setattr(checksums, "write", full)
-  checkpoints.save(1, {"x": np.float32(1)}, {}, {})
-  with pytest.raises(OSError, match="No space left"):
-    checkpoints.wait()
-  checkpoints.close()
+    checkpoints = open_at(tmp_path)
+    monkeypatch.setattr(checksums, "write", fail)
+    checkpoints.save(1, value(1), {}, {})
+    with pytest.raises(type(error), match="left"):
+      checkpoints.wait()
+    checkpoints.close()
+
+  def test_leaves_the_one_before(self, tmp_path, monkeypatch):
+    """Only a checkpoint with checksums takes the place of one."""
+    folder = save(tmp_path, steps=(1, 2), keep=1)
+    assert [p.name for p in folder.iterdir()] == ["2"]
+    seen = []
+
+    def fail(path):
+      seen.append((path.name, checksums.exist(folder / "2")))
+      raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+      patch.setattr(checksums, "write", fail)
+      with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, steps=(3,), keep=1)
+    assert seen == [("3", True)]
+    assert checksums.problem(folder / "2") is None
+    assert checksums.exist(folder / "2")
+    # Once there is one, all older ones go.
+    save(tmp_path, steps=(4,), keep=1)
+    assert [p.name for p in folder.iterdir()] == ["4"]
 
 
 def test_a_sharded_state_on_other_devices(tmp_path):

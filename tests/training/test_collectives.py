@@ -21,6 +21,7 @@ from tests import compiling
 from tests.training import tiny
 
 WIDTH = 4
+VIT = {"width": 16, "layers": 1, "heads": 4, "mlp_width": 32, "patch_size": 4}
 # Axes of the norms' vectors in a step: two of statistics in the forward pass,
 # and in the backward pass as many of their gradients and one of the scale's.
 NORM_VECTORS = 5
@@ -56,27 +57,47 @@ def read(layers, method, ranges):
       "mesh.data": 8,
       "data.augment": True,
     }
-    parts = build.build(tiny.make_config(method, **changes))
-    shapes = jax.eval_shape(parts.init, jax.random.key(0))
-    shardings = sharding.of_state(shapes, parts.mesh, parts.partition)
-    batched = sharding.batch(parts.mesh)
-    rows = parts.feed.train_batch
-    step = step_lib.make_train_step(
-      parts.model, parts.optimizer, parts.schedule, parts.task
+    return collectives_of(tiny.make_config(method, **changes))
+
+
+@functools.cache
+def read_split(ranges):
+  """Of a transformer of one block, whose columns are split over `tensor`."""
+  changes = {
+    "model.name": "vit_tiny",
+    **{f"model.{name}": n for name, n in VIT.items()},
+    "precision.ranges": ranges,
+    "batch_size": 16,
+    "mesh.data": 2,
+    "mesh.tensor": 2,
+  }
+  with compiling.fast():
+    return collectives_of(tiny.make_config("dpc", **changes))
+
+
+def collectives_of(config):
+  parts = build.build(config)
+  shapes = jax.eval_shape(parts.init, jax.random.key(0))
+  shardings = sharding.of_state(shapes, parts.mesh, parts.partition)
+  batched = sharding.batch(parts.mesh)
+  rows = parts.feed.train_batch
+  gather = sharding.make_gather(parts.mesh, parts.partition)
+  step = step_lib.make_train_step(
+    parts.model, parts.optimizer, parts.schedule, parts.task, gather
+  )
+  text = (
+    jax.jit(
+      step,
+      out_shardings=(shardings, sharding.replicated(parts.mesh)),
+      donate_argnums=0,
     )
-    text = (
-      jax.jit(
-        step,
-        out_shardings=(shardings, sharding.replicated(parts.mesh)),
-        donate_argnums=0,
-      )
-      .lower(
-        checkpoint.abstract_state(shapes, shardings),
-        checkpoint.abstract_state(rows, jax.tree.map(lambda _: batched, rows)),
-      )
-      .compile()
-      .as_text()
+    .lower(
+      checkpoint.abstract_state(shapes, shardings),
+      checkpoint.abstract_state(rows, jax.tree.map(lambda _: batched, rows)),
     )
+    .compile()
+    .as_text()
+  )
   variables = {"params": shapes.params, **shapes.model_state}
   return collectives.read(text, variables)
 
@@ -135,6 +156,24 @@ def test_delayed_ranges_add_one_collective_at_any_depth():
     assert without_ranges(found) == without_ranges(plain)
 
 
+def test_with_split_columns_there_is_more_than_one():
+  """A row is split too: its range is joined over `tensor` in each layer."""
+  batch, found = (
+    collectives.operands(read_split(ranges), "ranges")
+    for ranges in ("batch", "delayed")
+  )
+  assert (len(batch), len(found)) == (64, 29)
+  (joined,) = [x for x in found if "jvp" not in x.source]
+  assert joined.source == "jit(train_step)/range/reduce_max"
+  split = [x for x in found if x is not joined]
+  # Of the rows of a device, or of the columns of a kernel.
+  assert {x.shape for x in split} == {(8,), (16,)}
+  layers = {x.source.split("/range/")[0].rsplit("/")[-1] for x in split}
+  assert layers == {
+    *("query", "key", "value", "qk", "av", "out", "mlp1", "mlp2"),
+  }
+
+
 def test_the_forms_that_a_compiler_writes():
   text = """
   %a = (f32[4]{0}, bf16[2,3]{1,0}, /*index=5*/s8[7]{0:T(8)S(1)}) all-reduce(%x, %y, %z), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add, metadata={op_name="jit(f)/transpose(jvp(M))/(norm/sum:last/dot_general:last/sum)" id=3}
@@ -171,8 +210,6 @@ def test_the_forms_that_a_compiler_writes():
   assert (
     found[0].operands[1].source == "jit(f)/transpose(jvp(M))/last/dot_general"
   )
-  assert found[0].replicas == "[2,4]<=[8]"
-  assert found[1].replicas == "{{0,1},{2,3}}"
   counts = collectives.summary(found)
   assert counts["batch norm"] == {"operands": 2, "scalars": 0, "bytes": 32}
   assert counts["all"] == {
@@ -233,3 +270,24 @@ def test_each_variant_is_what_its_label_says():
   assert list(bench.variants(ptb_lstm_tiny.get_config())) == [
     *("float", "quantized"),
   ]
+
+
+@pytest.mark.parametrize(
+  ("environment", "devices"),
+  [
+    ({}, [8]),
+    ({"JAX_NUM_CPU_DEVICES": "4"}, []),
+    ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, []),
+  ],
+)
+def test_the_bench_poses_as_many_only_unasked(
+  monkeypatch, environment, devices
+):
+  for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  asked = []
+  monkeypatch.setattr(bench.jax.config, "update", lambda *x: asked.append(x))
+  bench.pose_as_devices()
+  assert asked == [("jax_num_cpu_devices", n) for n in devices]

@@ -1,20 +1,17 @@
-"""Who joins whom: as a table, at a real port, and as two real processes."""
+"""Who joins whom: as a table, and as two real processes."""
 
-import contextlib
 import io
 import os
 import socket
 import subprocess
 import sys
-import threading
-import time
 import urllib.error
 import urllib.request
 
 import jax
 import pytest
 
-from dpc_jax.training import checks, distributed, rendezvous
+from dpc_jax.training import checks, distributed
 from tests import compiling
 from tests.training import processes, tiny
 
@@ -70,11 +67,11 @@ ALONE = {
 TOGETHER = {
   "variables": (
     JAX,
-    distributed.Plan("flags", None, "head:1234", 2, 0),
+    distributed.Plan("JAX_COORDINATOR_ADDRESS", None, "head:1234", 2, 0),
   ),
   "variables within SLURM": (
     JAX | SLURM,
-    distributed.Plan("flags", None, "head:1234", 2, 0),
+    distributed.Plan("JAX_COORDINATOR_ADDRESS", None, "head:1234", 2, 0),
   ),
   "SLURM": (SLURM, of_slurm("node007:61443", (1,))),
   "SLURM gave the GPU": (
@@ -120,13 +117,15 @@ def test_together(name):
   assert plan(environment, mode="off") is None
   # Flags come before all that the environment says.
   assert plan(environment, **FLAGS) == distributed.Plan(
-    "flags", None, "10.0.0.2:8476", 4, 3
+    "--coordinator", None, "10.0.0.2:8476", 4, 3
   )
 
 
 def test_flags_and_variables_may_be_mixed():
   found = plan(JAX, process=1)
-  assert found == distributed.Plan("flags", None, "head:1234", 2, 1)
+  assert found == distributed.Plan(
+    "JAX_COORDINATOR_ADDRESS", None, "head:1234", 2, 1
+  )
   assert distributed.name(found) == "process 1 of 2"
 
 
@@ -189,7 +188,20 @@ MISTAKES = [
   ),
   ({}, FLAGS | {"mode": "off"}, "--distributed=off: contradicts"),
   ({}, {"mode": "on"}, "--distributed=on: nothing here tells of other"),
+  # The variable is named, if it was one.
   (JAX | {"JAX_PROCESS_ID": "one"}, {}, "JAX_PROCESS_ID=one: must be a whole"),
+  (JAX | {"JAX_PROCESS_ID": "2"}, {}, r"^JAX_PROCESS_ID=2: must be in 0\.\.1"),
+  (JAX | {"JAX_NUM_PROCESSES": "0"}, {}, "^JAX_NUM_PROCESSES=0: must be at"),
+  (JAX | {"JAX_COORDINATOR_ADDRESS": "a"}, {}, "^JAX_COORDINATOR_ADDRESS=a: "),
+  (JAX, {"process": 2}, r"^--process=2: must be in 0\.\.1"),
+  *(
+    (
+      SLURM | {"SLURM_STEP_NODELIST": nodes},
+      {},
+      r"^SLURM_STEP_NODELIST=.*give --coordinator=HOST:PORT --processes=8 --pr",
+    )
+    for nodes in ("rack[1-2]n[01-04]", "n[1-2]-ib,m", "[1-2]", "n[1-2")
+  ),
   (
     OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": ""},
     {},
@@ -204,110 +216,6 @@ def test_mistakes(environment, arguments, message):
   with pytest.raises(checks.ConfigError, match=message) as caught:
     plan(environment, **arguments)
   assert "\n" not in str(caught.value)
-
-
-def test_addresses():
-  assert rendezvous.split("a.b-c:80") == ("a.b-c", 80)
-  assert rendezvous.split("[fe80::1]:65535") == ("fe80::1", 65535)
-
-
-def meet(*arguments):
-  """What each of the processes is told: None or a line."""
-  told = {}
-
-  def call(key, address, processes, process, timeout_s):
-    try:
-      rendezvous.meet(address, processes, process, timeout_s)
-      told[key] = None
-    except checks.ConfigError as error:
-      told[key] = str(error)
-
-  threads = [
-    threading.Thread(target=call, args=(key, *given))
-    for key, given in enumerate(arguments)
-  ]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join(30)
-    assert not thread.is_alive()
-  return told
-
-
-@pytest.fixture
-def address():
-  return f"127.0.0.1:{processes.free_port()}"
-
-
-def test_all_meet_and_the_port_is_free_again(address):
-  arguments = [(address, 4, i, 20) for i in (3, 1, 0, 2)]
-  assert meet(*arguments) == dict.fromkeys(range(4))
-  with socket.create_server(rendezvous.split(address)):
-    pass
-
-
-def test_who_is_missing_is_named(address):
-  told = meet((address, 4, 0, 1), (address, 4, 2, 20))
-  line = (
-    f"processes 1, 3 did not come to {address} within 1 s; start all of them,"
-    " or raise --join_timeout"
-  )
-  assert told == {0: line, 1: line}
-
-
-def test_two_with_one_number_and_another_count(address):
-  told = meet(*[(address, 3, i, 20) for i in (0, 1, 1)])
-  assert set(told.values()) == {"--process=1 was given to two processes"}
-  told = meet((address, 2, 0, 20), (address, 3, 1, 20))
-  line = "--processes is 2 here and 3 of process 1"
-  assert told == {0: line, 1: line}
-
-
-def test_nobody_or_a_stranger_answers(address):
-  (line,) = meet((address, 2, 1, 1)).values()
-  assert line.startswith(f"--coordinator={address}: not reached within 1 s (Co")
-  with socket.create_server(rendezvous.split(address)) as server:
-    thread = threading.Thread(target=answer, args=(server,))
-    thread.start()
-    (line,) = meet((address, 2, 1, 1)).values()
-    thread.join()
-    assert "(what answers there is no process of this program)" in line
-    (line,) = meet((address, 2, 0, 20)).values()
-  assert "cannot listen at port" in line
-  assert "(Address already in use); use another port" in line
-
-
-def answer(server):
-  """As a program that speaks something else, until nobody comes."""
-  server.settimeout(1.2)
-  with contextlib.suppress(TimeoutError):
-    while True:
-      visitor, _ = server.accept()
-      with visitor:
-        visitor.sendall(b"HTTP/1.1 400 \xff\r\n")
-
-
-def test_strangers_and_the_dead_do_not_count(address):
-  """A port scan, and a process that was killed and started again."""
-  there = []
-
-  def visit():
-    for hello in (b"GET / HTTP/1.1\r\n", b"dpc_jax process 1 3\n"):
-      for _ in rendezvous._tries(time.monotonic() + 20):
-        with contextlib.suppress(ConnectionRefusedError):
-          with socket.create_connection(rendezvous.split(address)) as visitor:
-            visitor.sendall(hello)
-          there.append(hello)
-          break
-    told.update(meet((address, 3, 1, 20), (address, 3, 2, 20)))
-
-  told = {}
-  thread = threading.Thread(target=visit)
-  thread.start()
-  rendezvous.meet(address, 3, 0, 20)
-  thread.join()
-  assert len(there) == 2
-  assert told == {0: None, 1: None}
 
 
 def test_one_line_where_jax_refuses(monkeypatch):
@@ -371,6 +279,11 @@ def finish(started):
       process.kill()
       process.wait()
   return ends
+
+
+@pytest.fixture
+def address():
+  return f"127.0.0.1:{processes.free_port()}"
 
 
 def test_two_processes_train_by_flags(quick, tmp_path, address):

@@ -290,6 +290,69 @@ def test_a_signal_during_the_evaluation_is_not_lost(
   assert (tmp_path / "checkpoints" / "6").is_dir()
 
 
+class TestClosing:
+  def watch(self, monkeypatch, fails=()):
+    """The names of what is closed; some of them fail."""
+    closed = []
+
+    def closing(name, close):
+      def closes(*args):
+        closed.append(name)
+        close(*args)
+        if name in fails:
+          raise OSError(name)
+
+      return closes
+
+    for owner, name in (
+      (checkpoint.Checkpoints, "checkpoints"),
+      (metrics.Writer, "writer"),
+    ):
+      monkeypatch.setattr(owner, "close", closing(name, owner.close))
+
+    class Batches:
+      def __init__(self, batches):
+        self.batches = batches
+        self.close = closing("batches", batches.close)
+
+      def __next__(self):
+        return next(self.batches)
+
+    build_parts = build.build
+
+    def built(config):
+      parts = build_parts(config)
+      train = parts.feed.train
+      feed_of_run = parts.feed._replace(train=lambda *a: Batches(train(*a)))
+      return parts._replace(feed=feed_of_run)
+
+    monkeypatch.setattr(build, "build", built)
+    return closed
+
+  @pytest.mark.parametrize(
+    ("owner", "name", "opened"),
+    [
+      (checkpoint.Checkpoints, "restore_newest", ["checkpoints"]),
+      (loop.resume, "scores", ["batches", "checkpoints", "writer"]),
+    ],
+  )
+  def test_a_start_that_fails(self, tmp_path, monkeypatch, owner, name, opened):
+    def fail(*args):
+      raise RuntimeError("at the start")
+
+    closed = self.watch(monkeypatch)
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(RuntimeError, match="at the start"):
+      loop.train_and_evaluate(tiny.make_config(steps=1), tmp_path)
+    assert sorted(closed) == opened
+
+  def test_one_that_fails_keeps_no_other_open(self, tmp_path, monkeypatch):
+    closed = self.watch(monkeypatch, ("checkpoints", "batches"))
+    with pytest.raises(OSError, match=r"checkpoints|batches"):
+      loop.train_and_evaluate(tiny.make_config(steps=1), tmp_path)
+    assert sorted(closed) == ["batches", "checkpoints", "writer"]
+
+
 def test_a_run_in_a_thread(tmp_path):
   """No signal comes there; a notebook's server may run it so."""
   results = []

@@ -254,6 +254,7 @@ class TestAdaptive:
     assert adaptive.programs.traces == [1]
 
   def test_a_step_that_is_not_finite_is_skipped(self, adaptive):
+    """The optimizer's state, statistics in it, is that of the step before."""
     state = adaptive.step(adaptive.start("adaptive"))
     before = jax.device_get(dpc.gradient_statistics(state.opt_state))
     assert {int(s.skipped) for s in before.values()} == {0}
@@ -261,11 +262,11 @@ class TestAdaptive:
     params["classifier"]["bias"] = params["classifier"]["bias"] * jnp.nan
     broken = adaptive.step(state.replace(params=params))
     after = dpc.gradient_statistics(broken.opt_state)
-    for path in runs.CAPACITIES:
-      assert after[path].skipped == 1
-      assert after[path].count == before[path].count == 1
-      assert after[path].norm == before[path].norm
+    assert broken.skips.total == 1
     assert set(after) == set(runs.CAPACITIES)
+    for path, old in before.items():
+      assert old.count == 1
+      tiny.assert_same(tiny.leaves(after[path]), tiny.leaves(old))
 
 
 @pytest.mark.parametrize("method", ["cpt", "dpc_cpt"])

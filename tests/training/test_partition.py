@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import digits_vit_tiny
+from dpc_jax.analysis import collectives
 from dpc_jax.training import build, checks, loop, partition, sharding
 from tests.training import tiny
 
@@ -118,6 +119,12 @@ def test_the_first_rule_that_matches_decides():
     ),
     (((".*/kernel", ("fsdp", "fsdp")),), "of the mesh splits one axis only"),
     ((("(", ()),), "'(': no regular expression"),
+    (
+      ((".*/kernel", ()), (".*/kernel", ())),
+      "'.*/kernel': no parameter meets this rule first; remove it",
+    ),
+    (((".*bias", (3,)),), "a rule is (pattern, (an axis or None, ...))"),
+    ((["fsdp"],), "a rule is (pattern, (an axis or None, ...))"),
     (("conv/kernel",), "a rule is (pattern, (an axis or None, ...))"),
     (((".*bias", "fsdp"),), "a rule is (pattern, (an axis or None, ...))"),
   ],
@@ -269,14 +276,47 @@ def test_a_transformer_split_three_ways():
   ]
   assert [x.sharding for x in moments] == [mlp1.sharding] * 2
   # Parameters are gathered before the products, activations never.
-  rows = 32 // (2 * 2)
-  gathers = [
-    line
-    for line in programs.train_step.as_text().splitlines()
-    if " all-gather(" in line or " all-to-all(" in line
-  ]
-  assert gathers
-  assert not [line for line in gathers if f"[{rows}," in line]
+  assert gathers_parameters_only(programs, state)
+
+
+def gathers_parameters_only(programs, state):
+  found = collectives.read(
+    programs.train_step.as_text(), {"params": state.params}
+  )
+  moved = [x for x in found if x.kind not in ("all-reduce", "reduce-scatter")]
+  return moved != [] and all(
+    x.kind == "all-gather"
+    and all(operand.group == "parameters" for operand in x.operands)
+    for x in moved
+  )
+
+
+def test_without_the_gather_activations_move(monkeypatch):
+  """The check above can fail."""
+  monkeypatch.setattr(sharding, "make_gather", lambda mesh, specs: None)
+  _, programs, state, _ = train("float", **{"mesh.data": 2, "mesh.fsdp": 4})
+  assert not gathers_parameters_only(programs, state)
+
+
+def test_heads_are_not_torn_apart():
+  with pytest.raises(checks.ConfigError, match=r"tensor = 2: the model has 3"):
+    sizes = {"model.width": 48, "model.heads": 3}
+    build.build(make_config("dpc", **TENSOR, **sizes))
+
+
+def test_the_gradient_of_a_gathered_parameter_is_split():
+  mesh = sharding.make_mesh(1, 8)
+  params = {"w": np.ones((64, 64), np.float32)}
+  gather = sharding.make_gather(mesh, {"w": P("fsdp")})
+  split = NamedSharding(mesh, P("fsdp"))
+
+  @jax.jit
+  def gradient(params):
+    return jax.grad(lambda p: (gather(p)["w"] ** 2).sum())(params)
+
+  assert gradient(jax.device_put(params, split))["w"].sharding == split
+  assert sharding.make_gather(mesh, {"w": P()}) is None
+  assert sharding.make_gather(mesh, None) is None
 
 
 def test_a_quantized_transformer_split_three_ways():

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,11 +29,33 @@ HEARTBEAT = (
   " heartbeat timeout."
 )
 
+UNHEALTHY = (
+  "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):"
+)
+REMOTE = (
+  "INTERNAL: NCCL operation ncclAllReduce failed: remote process exited or"
+  " there was a network error. Last NCCL warning(error) log entry (may be"
+  " unrelated) ''."
+)
 
-@pytest.mark.parametrize("text", [GLOO, HEARTBEAT])
+
+@pytest.mark.parametrize("text", [GLOO, HEARTBEAT, UNHEALTHY, REMOTE])
 def test_a_lost_peer(text, several):
-  line = peers.explain(jax.errors.JaxRuntimeError(text))
-  assert "was lost" in line and "\n" not in line
+  found = peers.explain(jax.errors.JaxRuntimeError(f"{text}\n{'more' * 99}"))
+  assert (found.code, found.is_loss) == (3, True)
+  assert "was lost" in found.line and "\n" not in found.line
+  # JAX's own words, shortened.
+  assert f"(JAX: {text[:157]}" in found.line
+  assert "more" not in found.line and len(found.line) < 270
+
+
+# Of the same libraries, and nobody was lost.
+OTHERS = [
+  "RESOURCE_EXHAUSTED: Out of memory",
+  "INTERNAL: NCCL operation ncclCommInitRank failed: invalid argument",
+  "UNIMPLEMENTED: Gloo does not support all-to-all of this type",
+  "INVALID_ARGUMENT: barrier id is empty",
+]
 
 
 def test_one_process_loses_no_peer():
@@ -40,26 +63,52 @@ def test_one_process_loses_no_peer():
 
 
 def test_other_errors_of_jax_are_its_own(several):
-  error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-  assert peers.explain(error) is None
-  assert peers.explain(ValueError(GLOO)) is None
+  for text in OTHERS:
+    assert peers.explain(jax.errors.JaxRuntimeError(text)) is None
+  assert peers.explain(ValueError("heartbeat timeout")) is None
+  assert peers.explain(KeyError(GLOO)) is None
+
+
+def test_a_collective_that_fails_as_it_is_started(several):
+  """JAX raises the same words as another error then."""
+  assert peers.explain(ValueError(GLOO)).is_loss
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk(number):
-  line = peers.explain(OSError(number, os.strerror(number), "runs/a/x.tmp"))
-  assert line.startswith("runs/a/x.tmp: the disk is full")
+  found = peers.explain(OSError(number, os.strerror(number), "runs/a/x.tmp"))
+  assert found.line.startswith("runs/a/x.tmp: the disk is full")
+  assert found.code == 3
 
 
 def test_a_full_disk_in_the_words_of_others():
   text = "RESOURCE_EXHAUSTED: write failed [OS error 28: ENOSPC No space left]"
-  assert "the disk is full" in peers.explain(ValueError(text))
+  assert "the disk is full" in peers.explain(ValueError(text)).line
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EIO])
-def test_a_disk_that_does_not_take_it(number):
-  line = peers.explain(OSError(number, os.strerror(number), "runs/a"))
-  assert line.startswith(f"runs/a: {os.strerror(number)}; ")
+REFUSED = [errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO]
+
+
+@pytest.mark.parametrize("number", REFUSED)
+def test_a_path_that_is_refused(number, tmp_path, monkeypatch):
+  """Below the workdir the run goes on some time; elsewhere it is a mistake."""
+  monkeypatch.chdir(tmp_path)
+  said = os.strerror(number)
+  (tmp_path / "link").symlink_to("runs")
+  inside = "runs/a", "runs/a/b", tmp_path / "runs/a/b"
+  for path in map(str, inside):
+    for workdir in ("runs/a", "runs/a/", tmp_path / "link" / "a"):
+      found = peers.explain(OSError(number, said, path), workdir)
+      assert found.line.startswith(f"{path}: {said}; mend it, and the same")
+      assert found.code == 3
+  for path in ("runs/ab", "/data/x"):
+    for workdir in ("runs/a", "", None):
+      found = peers.explain(OSError(number, said, path), workdir or "")
+      assert found.line.startswith(f"{path}: {said}; ")
+      assert found.line.endswith("give another path")
+      assert (found.code, "save" in found.line) == (2, False)
+  # A write to a file that is open names none.
+  assert peers.explain(OSError(number, said), "runs/a").code == 3
 
 
 def test_what_it_was_raised_from_counts():
@@ -74,8 +123,8 @@ def test_what_it_was_raised_from_counts():
     except RuntimeError as outer:
       return outer
 
-  assert "the disk is full" in peers.explain(of(True, False))
-  assert "the disk is full" in peers.explain(of(False, True))
+  assert "the disk is full" in peers.explain(of(True, False)).line
+  assert "the disk is full" in peers.explain(of(False, True)).line
 
 
 def test_a_missing_file_is_no_fault_of_the_disk():
@@ -112,7 +161,19 @@ def test_an_abort_ends_with_a_line():
     )
     assert code == peers.EXIT_CODE
     line = err.splitlines()[-1]
-    assert line.startswith("error: process 1 of 2: another process")
+    assert line.startswith("error: process 1 of 2: aborted; what JAX says")
+    assert "if another process was lost" in line
+
+
+def test_after_it_an_abort_is_as_before():
+  code, err, _ = run(
+    "try:\n"
+    "  with peers.watch('process 1 of 2: '):\n"
+    "    raise ValueError\n"
+    "except ValueError:\n"
+    "  os.abort()\n"
+  )
+  assert (code, err) == (-signal.SIGABRT, "")
 
 
 def test_a_process_leaves_with_its_code():
@@ -126,35 +187,61 @@ def test_a_process_leaves_with_its_code():
   assert code == 5 and seconds < 40
 
 
-@pytest.mark.parametrize("text", [GLOO, "RESOURCE_EXHAUSTED: out of memory"])
-def test_a_loss_does_not_wait_for_what_closes_the_run(text):
-  code, err, _ = run(
-    "try:\n"
-    "  with peers.hurry(0.2):\n"
-    f"    raise jax.errors.JaxRuntimeError({text!r})\n"
-    "except jax.errors.JaxRuntimeError:\n"
-    "  time.sleep(3)\n"
+def closing(text, seconds, *, outer="", inner="contextlib.nullcontext()"):
+  """A run that loses another, closes in some seconds, and may be watched."""
+  return run(
+    "import contextlib\n"
+    f"with {outer or 'contextlib.nullcontext()'}:\n"
+    "  try:\n"
+    f"    with {inner}, peers.hurry(0.2):\n"
+    f"      raise jax.errors.JaxRuntimeError({text!r})\n"
+    "  except jax.errors.JaxRuntimeError:\n"
+    f"    time.sleep({seconds})\n"
     "print('closed', file=sys.stderr)"
   )
-  if text == GLOO:
-    assert code == peers.EXIT_CODE and "was lost" in err and "closed" not in err
-  else:
-    assert code == 0 and err.endswith("closed\n")
 
 
-def test_tracebacks_that_a_library_logs_are_left_out(caplog):
-  logger = logging.getLogger("absl")
-  with peers.watch():
-    try:
-      raise OSError(errno.ENOSPC, "No space left on device")
-    except OSError:
-      logger.exception("a thread failed")
-    logger.error("a word")
+def test_a_loss_does_not_wait_for_what_closes_the_run():
+  watch = "peers.watch('process 1 of 2: ')"
+  code, err, _ = closing(GLOO, 60, outer=watch)
+  assert code == peers.EXIT_CODE and "closed" not in err
+  assert err.startswith("error: process 1 of 2: another process of this run")
+  # Another error; a caller who handles it; a program that is not ours.
+  for found in (
+    closing(OTHERS[0], 1, outer=watch),
+    closing(GLOO, 1, inner=watch),
+    closing(GLOO, 1),
+  ):
+    assert found[:2] == (0, "closed\n")
+
+
+def fail(logger, message, error):
   try:
-    raise ValueError("other")
-  except ValueError:
-    logger.exception("after it")
-  assert [r.getMessage() for r in caplog.records] == ["a word", "after it"]
+    raise error
+  except type(error):
+    logger.exception(message)
+
+
+@pytest.mark.parametrize("name", ["absl", "asyncio"])
+def test_tracebacks_that_orbax_logs_are_left_out(name, caplog):
+  logger = logging.getLogger(name)
+  error = ValueError("[source locations='tensorstore/kvstore/x.cc:3']")
+  # A thread of orbax, by the file that it fails in.
+  save = compile("raise OSError(28, 'full')", "/x/orbax/a.py", "exec")
+  with pytest.raises(KeyError), peers.watch():
+    try:
+      exec(save)
+    except OSError:
+      logger.exception("of a save")
+    fail(logger, "of TensorStore", error)
+    fail(logger, "ours", TypeError("no"))
+    logger.error("a word")
+    raise KeyError
+  fail(logger, "after it", error)
+  with peers.watch(is_quiet=False):
+    fail(logger, "to debug", error)
+  said = [r.getMessage() for r in caplog.records]
+  assert said == ["ours", "a word", "after it", "to debug"]
 
 
 def test_one_process_leaves_by_itself():

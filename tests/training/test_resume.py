@@ -8,6 +8,7 @@ import pytest
 
 from dpc_jax.data import pipeline
 from dpc_jax.training import build, checkpoint, loop, sharding
+from dpc_jax.training import config as config_lib
 from tests.training import tiny
 
 # Neither logs nor evaluations fall on the steps of the checkpoints.
@@ -84,7 +85,7 @@ def assert_as_undisturbed(undisturbed, config, workdir, summary):
 
 def test_stopped_and_resumed(undisturbed, config, tmp_path, capsys):
   # Seven steps of widths, three of the sums of the next log.
-  loop.config_lib.claim_workdir(build.build(config).config, tmp_path)
+  config_lib.claim_workdir(build.build(config).config, tmp_path)
   assert cut(config, tmp_path, 7, kill=False) is None
   assert "stopped by SIGTERM at step 7; saved" in capsys.readouterr().out
   assert not (tmp_path / "summary.json").exists()
@@ -99,7 +100,7 @@ def test_stopped_and_resumed(undisturbed, config, tmp_path, capsys):
 
 def test_killed_and_resumed(undisturbed, config, tmp_path, capsys):
   # Lines of the steps 8 (log) and 10 (evaluation) are past the save of 6 or 9.
-  loop.config_lib.claim_workdir(build.build(config).config, tmp_path)
+  config_lib.claim_workdir(build.build(config).config, tmp_path)
   cut(config, tmp_path, 11, kill=True)
   # The newest save lost, as if the kill had come before its end.
   checkpoints = checkpoint.Checkpoints(tmp_path, keep=20)
@@ -193,7 +194,7 @@ def test_checkpoint_holds_the_config(tmp_path):
 def test_a_stop_at_an_evaluation_saves_first(
   undisturbed, config, tmp_path, capsys, step
 ):
-  loop.config_lib.claim_workdir(build.build(config).config, tmp_path)
+  config_lib.claim_workdir(build.build(config).config, tmp_path)
   assert cut(config, tmp_path, step, kill=False) is None
   out = capsys.readouterr().out
   assert f"stopped by SIGTERM at step {step}; saved" in out

@@ -7,11 +7,14 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from dpc_jax.quant import grids
 from dpc_jax.training import build, checkpoint, health, loop
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import state as state_lib
+from dpc_jax.training import step as step_lib
 from tests.training import runs, tiny
 
 # First labels of a batch whose loss, or gradient alone, is not finite.
@@ -85,7 +88,7 @@ def train(parts, programs, workdir, marks, stop=None, max_skipped=3):
   changed = config_lib.ml_collections.ConfigDict(parts.config.to_dict())
   changed.max_skipped = max_skipped
   parts = parts._replace(config=changed)
-  with pytest.MonkeyPatch.context() as patch, runs.patched():
+  with runs.patched(), pytest.MonkeyPatch.context() as patch:
     patch.setattr(
       build,
       "compile_programs",
@@ -144,6 +147,43 @@ def test_a_skipped_step(parts, programs, tmp_path, mark):
     )
     assert output.count(line) == 1
   assert output.count("warning") == 2
+
+
+@pytest.mark.usefixtures("fast_compiler")
+def test_what_a_skipped_step_moves_on_and_what_not(parts):
+  """The widths, which change at every step here, but no range."""
+  schedule = tiny.cyclic(period=1)
+  model = tiny.Tiny(10, grids.Quantization(ranges="delayed"))
+  optimizer = optax.sgd(0.1)
+  sample = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+  init = state_lib.make_init(model, optimizer, schedule, sample)
+  step = jax.jit(
+    step_lib.make_train_step(model, optimizer, schedule, parts.task)
+  )
+  state = jax.jit(init)(jax.random.key(0))
+  batches = parts.feed.train(0, 4)
+  for i, mark in enumerate([0, GRADIENT, LOSS, 0]):
+    batch = next(batches)
+    if mark:
+      label = np.array(batch["label"])
+      label[0] = mark
+      batch = batch | {"label": label}
+    before, state = state, step(state, batch)[0]
+    assert state.skips.in_row == (i if mark else 0)
+    assert state.step == state.schedule_state["count"] == i + 1
+    assert runs.widths_of(state) == tiny.cyclic_bits(i, period=1)
+    assert runs.widths_of(state) != tiny.cyclic_bits(i + 1, period=1)
+    assert jnp.all(state.rng == before.rng)
+    old, new = (
+      tiny.leaves(x.model_state["quant_stats"]) for x in (before, state)
+    )
+    for name in old:
+      # All batches of digits have the input's range.
+      if mark:
+        assert old[name] == new[name], name
+      elif "gradient" in name or "count" in name:
+        assert old[name] != new[name], name
+  batches.close()
 
 
 def test_means_are_of_the_steps_that_were_taken(parts, programs, tmp_path):

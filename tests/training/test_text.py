@@ -164,7 +164,7 @@ def test_models_and_data_of_different_kinds(text):
 def test_more_rows_than_tokens(text, field):
   """Before anything compiles: of evaluation too, which comes late."""
   with pytest.raises(
-    build.config_lib.ConfigError, match=r"config\.data: "
+    build.config_lib.ConfigError, match=r"config\.data: |eval_batch_size = 1000"
   ) as e:
     build.build(make_config(**{field: 1000}), text)
   assert "\n" not in str(e.value)

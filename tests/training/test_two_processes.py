@@ -9,7 +9,10 @@ import pytest
 from dpc_jax.training import loop
 from tests.training import processes, tiny, two_processes
 
-pytestmark = pytest.mark.usefixtures("fast_compiler")
+pytestmark = [
+  pytest.mark.usefixtures("fast_compiler"),
+  pytest.mark.xdist_group("processes"),
+]
 OPERANDS = ("weights", "activations", "gradients")
 
 

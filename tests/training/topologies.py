@@ -35,7 +35,18 @@ MESHES = {
   "data": {"mesh.data": 8},
   "fsdp": {"mesh.data": 1, "mesh.fsdp": 8},
   "data and fsdp": {"mesh.data": 2, "mesh.fsdp": 4},
+  # Over two processes where each has two devices: both read the same rows.
+  "tensor": {
+    "mesh.tensor": 4,
+    "mesh.data": None,
+    "mesh.rules": (
+      ("second/kernel", (None, None, None, "tensor")),
+      ("norm2/.*", ("tensor",)),
+    ),
+  },
 }
+# Bounds that are found on whatever mesh the run is on by then.
+FOUND = {"precision.bounds": "auto", "precision.bounds_step": SAVED + 5}
 
 
 class Noisy(nn.Module):
@@ -141,15 +152,19 @@ def main() -> None:
     last, first = train(make_config(case, MESHES["data"]))
     np.savez(workdir / f"{case}-data-{index}.npz", **last)
     np.savez(workdir / f"{case}-data-{index}-first.npz", **first)
-  # Once more, and once with split parameters.
-  for name, mesh in (("again", "data"), ("fsdp", "fsdp")):
-    last, _ = train(make_config("dpc", MESHES[mesh]))
-    np.savez(workdir / f"dpc-{name}-{index}.npz", **last)
+  # Once more, and with split parameters.
+  for case, name, mesh in (
+    ("dpc", "again", "data"),
+    ("dpc", "fsdp", "fsdp"),
+    ("float", "tensor", "tensor"),
+  ):
+    last, _ = train(make_config(case, MESHES[mesh]))
+    np.savez(workdir / f"{case}-{name}-{index}.npz", **last)
   with compiling.fast():
-    run = make_config("dpc", MESHES["data"])
+    run = make_config("dpc", MESHES["data"] | FOUND)
     loop.train_and_evaluate(run, workdir / "run")
     # What one process left, several go on from, and split it over fsdp.
-    run = make_config("dpc", MESHES["fsdp"])
+    run = make_config("dpc", MESHES["fsdp"] | FOUND)
     loop.train_and_evaluate(run, workdir / "resumed")
 
 

@@ -1,0 +1,57 @@
+"""One process of several: python -m tests.training.several_configs ...
+
+Arguments: address of the coordinator, processes, index of this one, folder.
+Leaves what it was told in `told-INDEX.json`.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+
+from dpc_jax.training import checks, workdir
+from tests.training import tiny
+
+SEEDS = (0, 1)
+
+
+def refusal(config, folder) -> str | None:
+  """What is wrong with the folder, or the config, for this process."""
+  try:
+    with workdir.held(config, folder):
+      return None
+  except checks.ConfigError as error:
+    return str(error)
+
+
+def main() -> None:
+  """Joins the others, and asks."""
+  address, count, index, folder = sys.argv[1:]
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(address, int(count), int(index))
+  folder = pathlib.Path(folder)
+  is_first = index == "0"
+  config = tiny.make_config()
+  told = {
+    # Only the first one's count.
+    "texts": [
+      workdir.tell(text if is_first else "mine")
+      for text in (None, "", "ä" * 3000)
+    ],
+    "seed": refusal(tiny.make_config(seed=SEEDS[int(index)]), folder / "seed"),
+    "first": refusal(config, folder / "run"),
+    "other": refusal(tiny.make_config(steps=7), folder / "run"),
+  }
+  if is_first:
+    (folder / "run" / "summary.json").write_text('{"steps": 3}')
+  with workdir.held(config, folder / "run") as done:
+    told["done"] = done
+  if told["first"] is not None:
+    raise ValueError(told["first"])
+  (folder / f"told-{index}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+  main()

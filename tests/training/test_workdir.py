@@ -1,0 +1,81 @@
+"""A folder is one run's at a time, and all processes of a run agree on it."""
+
+import fcntl
+import json
+import os
+
+import jax
+import pytest
+
+from dpc_jax.training import checks, loop, workdir
+from tests.training import processes, several_configs, tiny
+
+
+@pytest.fixture
+def folder(tmp_path):
+  return tmp_path / "run"
+
+
+def test_nobody_else_meanwhile(folder):
+  config = tiny.make_config()
+  with workdir.held(config, folder) as done:
+    assert done is None
+    assert json.loads((folder / "config.json").read_text())
+    with (
+      pytest.raises(workdir.BusyError, match="another process trains this run"),
+      workdir.held(config, folder),
+    ):
+      pass
+  with workdir.held(config, folder):
+    pass
+
+
+def test_a_run_in_a_busy_folder_ends_before_it_compiles(folder, monkeypatch):
+  monkeypatch.setattr(
+    loop.build, "compile_programs", lambda parts: pytest.fail("compiles")
+  )
+  folder.mkdir()
+  with (folder / "lock").open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_SH)
+    with pytest.raises(checks.ConfigError, match="start again when it is done"):
+      loop.train_and_evaluate(tiny.make_config(), folder)
+  assert [p.name for p in folder.iterdir()] == ["lock"]
+
+
+def test_without_locks_nothing_is_locked(folder, monkeypatch):
+  def refuse(file, how):
+    raise OSError(95, os.strerror(95))
+
+  monkeypatch.setattr(fcntl, "flock", refuse)
+  with (
+    workdir.held(tiny.make_config(), folder) as done,
+    workdir.held(tiny.make_config(), folder),
+  ):
+    assert done is None
+
+
+def test_a_finished_run_is_told(folder):
+  with workdir.held(tiny.make_config(), folder):
+    (folder / "summary.json").write_text('{"steps": 3}')
+  with workdir.held(tiny.make_config(), folder) as done:
+    assert done == {"steps": 3}
+
+
+def test_one_process_tells_itself():
+  assert jax.process_count() == 1
+  assert [workdir.tell(text) for text in (None, "", "ä")] == [None, "", "ä"]
+
+
+def test_processes_agree(tmp_path):
+  """What the first one says, all take; other configs are refused by all."""
+  processes.run("tests.training.several_configs", 2, tmp_path)
+  told = [
+    json.loads((tmp_path / f"told-{index}.json").read_text())
+    for index in range(2)
+  ]
+  assert told[0] == told[1]
+  assert told[0]["texts"] == [None, "", "ä" * 3000]
+  assert "config: that of process 1 is not that of process 0" in told[0]["seed"]
+  assert "holds another run; steps: there 6, here 7" in told[0]["other"]
+  assert told[0]["done"] == {"steps": 3}
+  assert several_configs.SEEDS == (0, 1)
