@@ -84,6 +84,7 @@ def test_the_workdir_is_complete(whole):
     "bits.jsonl",
     "checkpoints",
     "config.json",
+    "lock",
     "metrics.jsonl",
     "summary.json",
   }
