@@ -28,11 +28,7 @@ PROCESSES = (2, 4)
 EXACT = ("'precision'", ".cost", ".schedule_state", ".step", ".rng")
 ROUNDING_SEEDS = range(4)
 
-# A fixture of several processes is expensive: one worker has it.
-pytestmark = [
-  pytest.mark.usefixtures("table"),
-  pytest.mark.xdist_group("processes"),
-]
+pytestmark = pytest.mark.usefixtures("table")
 
 
 @pytest.fixture(scope="module")

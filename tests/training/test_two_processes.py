@@ -9,10 +9,7 @@ import pytest
 from dpc_jax.training import loop
 from tests.training import processes, tiny, two_processes
 
-pytestmark = [
-  pytest.mark.usefixtures("fast_compiler"),
-  pytest.mark.xdist_group("processes"),
-]
+pytestmark = pytest.mark.usefixtures("fast_compiler")
 OPERANDS = ("weights", "activations", "gradients")
 
 
