@@ -133,7 +133,7 @@ def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
       f"{who}interrupted; the same command goes on from the last save, if any",
       130,
     )
-  except BaseException as error:
+  except Exception as error:
     found = peers.explain(error, FLAGS.workdir)
     if found is None:
       # The others wait for this one, and Python, on its way out, for them.

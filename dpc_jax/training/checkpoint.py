@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from dpc_jax.training import checks, checksums, fit, peers, resume
+from dpc_jax.training import agreement, checks, checksums, fit, peers
 
 # Raised by one for a change that an older program could not read.
 FORMAT = 2
@@ -87,7 +87,7 @@ class Checkpoints:
       Exception: the save before it failed, or its checksums did.
     """
     if self._steps is None:
-      self._use(resume.from_first(self._list))
+      self._use(agreement.from_first(self._list))
     if self.latest_step() == step:
       return
     self._join()
@@ -151,7 +151,7 @@ class Checkpoints:
       ConfigError: the checkpoint is damaged, or does not fit `abstract`.
       OSError: the disk did not let process 0 check the files.
     """
-    problem, is_sealed = resume.from_first(lambda: self._examine(step))
+    problem, is_sealed = agreement.from_first(lambda: self._examine(step))
     found = None
     if problem is None:
       found, problem = self._try(step, abstract, is_sealed)
@@ -187,10 +187,10 @@ class Checkpoints:
       OSError: the disk did not let process 0 check the files. That is no
         damage, and nothing was moved.
     """
-    self._use(resume.from_first(self._tidy))
+    self._use(agreement.from_first(self._tidy))
     problems = {}
     for step in reversed(self._steps):
-      problem, is_sealed = resume.from_first(lambda s=step: self._examine(s))
+      problem, is_sealed = agreement.from_first(lambda s=step: self._examine(s))
       found = None
       if problem is None:
         found, problem = self._try(step, abstract, is_sealed)
@@ -262,7 +262,9 @@ class Checkpoints:
 
   def _set_aside(self, problems, good, note) -> None:
     """Moves damaged checkpoints out of the way of a later save."""
-    names = resume.from_first(lambda: [self._move(step) for step in problems])
+    names = agreement.from_first(
+      lambda: [self._move(step) for step in problems]
+    )
     for (step, problem), name in zip(problems.items(), names, strict=True):
       note(
         f"warning: checkpoints/{step} is damaged: {problem}; moved to"

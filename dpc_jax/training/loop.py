@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -11,6 +10,7 @@ import jax
 import ml_collections
 
 from dpc_jax.training import (
+  agreement,
   auto_bounds,
   bits_log,
   build,
@@ -359,13 +359,8 @@ class _Run:
 
   def _finish(self) -> dict[str, Any]:
     self.checkpoints.wait()
-    text = None
-    if jax.process_index() == 0:
-      summary = self._summary()
-      summary_lib.write(self.workdir, summary)
-      text = json.dumps(summary)
     # Told, not read: a shared disk may show the file to the others later.
-    summary = json.loads(workdir_lib.tell(text))
+    summary = agreement.from_first(self._write_summary)
     cost = 1 - summary["saving_vs_static"]
     b_max = self.parts.config.precision.b_max
     self.progress.note(
@@ -375,6 +370,10 @@ class _Run:
       f" {summary['seconds']:.0f} s"
     )
     return summary
+
+  def _write_summary(self) -> dict[str, Any]:
+    summary_lib.write(self.workdir, self._summary())
+    return summary_lib.read(self.workdir)
 
   def _summary(self) -> dict[str, Any]:
     summary = summary_lib.summarize(

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpc_jax.training import checks
+from dpc_jax.training import agreement, checks
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import summary as summary_lib
 
@@ -40,53 +39,31 @@ def held(config: Any, workdir: pathlib.Path) -> Iterator[dict[str, Any] | None]:
   Raises:
     ConfigError: see `config.claim_workdir` and `summary.read`; or a process was
       started with another config than the first one.
-    BusyError: another run is under way there.
+    BusyError: another run is under way there; a ConfigError as the others
+      hear of it.
   """
   with contextlib.ExitStack() as stack:
-    done = mistake = None
-    if jax.process_index() == 0:
-      try:
-        stack.enter_context(_lock(workdir))
-        config_lib.claim_workdir(config, workdir)
-        done = summary_lib.read(workdir)
-      except checks.ConfigError as error:
-        mistake = error
+
+    def look():
+      stack.enter_context(_lock(workdir))
+      config_lib.claim_workdir(config, workdir)
+      return summary_lib.read(workdir)
+
+    done = agreement.from_first(look)
     if jax.process_count() > 1:
-      mistake = _agreed(config, mistake)
-    if mistake is not None:
-      raise mistake
-    done = tell(None if done is None else json.dumps(done))
-    yield None if done is None else json.loads(done)
+      _check_same(config)
+    yield done
 
 
-def tell(text: str | None) -> str | None:
-  """What the first process says, in all processes, which all must ask."""
-  if jax.process_count() == 1:
-    return text
-  sent = b"" if text is None else b"\0" + text.encode()
-  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(sent))))
-  buffer = np.zeros(size, np.uint8)
-  if jax.process_index() == 0:
-    buffer[:] = np.frombuffer(sent, np.uint8)
-  if size == 0:
-    return None
-  return bytes(multihost_utils.broadcast_one_to_all(buffer))[1:].decode()
-
-
-def _agreed(config, mistake) -> checks.ConfigError | None:
-  """The first process's mistake; or that the configs are not the same."""
-  found = tell(None if mistake is None else str(mistake))
-  if found is not None:
-    return mistake or checks.ConfigError(found)
+def _check_same(config) -> None:
   own = np.frombuffer(bytes.fromhex(config_lib.config_hash(config)), np.uint8)
   hashes = np.asarray(multihost_utils.process_allgather(own))
   others = [i for i, x in enumerate(hashes) if np.any(x != hashes[0])]
-  if not others:
-    return None
-  return checks.ConfigError(
-    f"config: that of process {others[0]} is not that of process 0; start all"
-    " of them with the same command, from the same code"
-  )
+  if others:
+    raise checks.ConfigError(
+      f"config: that of process {others[0]} is not that of process 0; start all"
+      " of them with the same command, from the same code"
+    )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ operands, but sends the same. The data is made up, in the data set's form.
 import copy
 import json
 import os
-import pathlib
 import shlex
 import sys
 from typing import Any
@@ -23,6 +22,7 @@ import jax
 from dpc_jax.analysis import collectives, report
 from dpc_jax.training import build, config_precision, summary
 from experiments import cli
+from experiments.bench import builds
 
 _DEVICES = 8
 
@@ -51,13 +51,7 @@ def variants(config: Any) -> dict[str, Any]:
 
 def measure(config: Any) -> dict[str, Any]:
   """The counts of one recipe, as they go into the JSON file."""
-  config.data.fake = True
-  config.data.holdout = 0
-  config.data.workers = None
-  # All are built first: a mistake in the last must not cost the first's time.
-  built = {
-    label: build.build(variant) for label, variant in variants(config).items()
-  }
+  built = builds.build_all(variants(builds.without_data(config)))
   results = {}
   for label, parts in built.items():
     print(f"compiling {label}", flush=True)
@@ -78,14 +72,14 @@ def measure(config: Any) -> dict[str, Any]:
 
 def main() -> None:
   """Counts for `--config`, prints a table, writes the JSON file."""
+  workdir = cli.make_workdir()
   results = measure(cli.FLAGS.config)
   results["command"] = " ".join(
     ["python -m experiments.bench.collectives", *map(shlex.quote, sys.argv[1:])]
   )
   mesh = "x".join(str(size) for size in results["mesh"].values())
   name = f"collectives_{results['model']}_{mesh}.json"
-  path = pathlib.Path(cli.FLAGS.workdir) / name
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path = workdir / name
   path.write_text(json.dumps(results, indent=2) + "\n")
   counts = results["variants"]
   table = [

@@ -28,6 +28,7 @@ from dpc_jax.analysis import report
 from dpc_jax.data import imagenet
 from dpc_jax.training import build, sharding, summary
 from experiments import cli
+from experiments.bench import builds
 
 _ROUNDS = flags.DEFINE_integer(
   "rounds", 15, "Rounds of one timing each.", lower_bound=2
@@ -115,13 +116,7 @@ def input_rate(parts: build.Parts) -> float:
 
 def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
   """The measurements of one recipe, as they go into the JSON file."""
-  config.data.fake = True
-  config.data.holdout = 0
-  config.data.workers = None
-  # All are built first: a mistake in the last must not cost the first's time.
-  built = {
-    label: build.build(variant) for label, variant in variants(config).items()
-  }
+  built = builds.build_all(variants(builds.without_data(config)))
   compiled = {}
   for label, parts in built.items():
     print(f"compiling {label}", flush=True)

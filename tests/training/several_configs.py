@@ -10,7 +10,7 @@ import sys
 
 import jax
 
-from dpc_jax.training import checks, workdir
+from dpc_jax.training import agreement, checks, workdir
 from tests.training import tiny
 
 SEEDS = (0, 1)
@@ -37,7 +37,7 @@ def main() -> None:
   told = {
     # Only the first one's count.
     "texts": [
-      workdir.tell(text if is_first else "mine")
+      agreement.from_first(lambda t=text: t if is_first else "mine")
       for text in (None, "", "ä" * 3000)
     ],
     "seed": refusal(tiny.make_config(seed=SEEDS[int(index)]), folder / "seed"),

@@ -45,9 +45,8 @@ def test_a_run_that_stops_goes_on_bit_for_bit(tmp_path):
     assert saved[layer, "gradient_lo"] != last[layer, "gradient_lo"]
 
 
-def test_devices_agree(monkeypatch):
+def test_devices_agree():
   """At 16 bits, where a tie that is rounded otherwise does not show."""
-  monkeypatch.setitem(models._CONSTRUCTORS, "noisy", topologies.Noisy)
   found = {}
   for name, mesh in {
     "one": {"mesh.data": 1},

@@ -7,17 +7,7 @@ import pytest
 from dpc_jax.data import pipeline
 from dpc_jax.training import build, sharding
 from dpc_jax.training import config as config_lib
-from tests.training import tiny
-
-CASES = {
-  "float": {"precision.method": "float"},
-  "width 32": {
-    "precision.weights": 32,
-    "precision.activations": 32,
-    "precision.gradients": 32,
-  },
-  "dpc": {},
-}
+from tests.training import tiny, topologies
 
 
 def train(devices, steps, changes):
@@ -51,8 +41,8 @@ def parts_of(state, *names):
 
 @pytest.mark.parametrize("case", ["float", "width 32"])
 def test_eight_devices_as_one(case):
-  one, state_of_one = train(1, 5, CASES[case])
-  eight, state_of_eight = train(8, 5, CASES[case])
+  one, state_of_one = train(1, 5, topologies.CASES[case])
+  eight, state_of_eight = train(8, 5, topologies.CASES[case])
   assert len(set(one)) == 5
   np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
   a = parts_of(state_of_one, ".params")
@@ -64,8 +54,8 @@ def test_eight_devices_as_one(case):
 
 def test_eight_devices_as_one_quantized():
   """Rounding ties make it chaotic: the first loss is close, bits are equal."""
-  one, state_of_one = train(1, 3, CASES["dpc"])
-  eight, state_of_eight = train(8, 3, CASES["dpc"])
+  one, state_of_one = train(1, 3, topologies.CASES["dpc"])
+  eight, state_of_eight = train(8, 3, topologies.CASES["dpc"])
   assert abs(eight[0] - one[0]) < 1e-3
   np.testing.assert_allclose(eight, one, atol=0.05)
   names = ("'precision'", ".cost", ".schedule_state", ".step", ".rng")

@@ -7,13 +7,9 @@ python -m tests.training.topologies ADDRESS PROCESSES INDEX WORKDIR
 import pathlib
 import sys
 
-import flax.linen as nn
 import jax
 import numpy as np
 
-import dpc_jax as dpc
-from dpc_jax import models
-from dpc_jax.quant import grids
 from dpc_jax.training import build, loop, metrics, sharding
 from dpc_jax.training import step as step_lib
 from tests import compiling
@@ -39,41 +35,11 @@ MESHES = {
   "tensor": {
     "mesh.tensor": 4,
     "mesh.data": None,
-    "mesh.rules": (
-      ("second/kernel", (None, None, None, "tensor")),
-      ("norm2/.*", ("tensor",)),
-    ),
+    "mesh.rules": (("second/kernel", (None, None, None, "tensor")),),
   },
 }
 # Bounds that are found on whatever mesh the run is on by then.
 FOUND = {"precision.bounds": "auto", "precision.bounds_step": SAVED + 5}
-
-
-class Noisy(nn.Module):
-  """Convolutions, batch normalization and dropout, wide enough to split."""
-
-  num_classes: int
-  quantization: grids.Quantization | None = grids.Quantization()
-  width: int = 24
-
-  @nn.compact
-  def __call__(self, x, train=False):
-    conv = nn.Conv
-    arguments = {"padding": ((1, 1), (1, 1)), "use_bias": False}
-    if self.quantization is not None:
-      conv = dpc.QuantConv
-      arguments["quantization"] = self.quantization
-    x = conv(self.width, (3, 3), strides=(2, 2), name="first", **arguments)(x)
-    x = nn.relu(nn.BatchNorm(not train, momentum=0.9, name="norm1")(x))
-    x = nn.Dropout(0.2, deterministic=not train)(x)
-    x = conv(2 * self.width, (3, 3), name="second", **arguments)(x)
-    x = nn.relu(nn.BatchNorm(not train, momentum=0.9, name="norm2")(x))
-    return nn.Dense(self.num_classes, name="classifier")(x.mean((1, 2)))
-
-
-def register() -> None:
-  """Makes it a model of the table, `noisy`."""
-  models._CONSTRUCTORS["noisy"] = Noisy
 
 
 def make_config(case: str, mesh: dict[str, int]):
@@ -82,7 +48,9 @@ def make_config(case: str, mesh: dict[str, int]):
   return tiny.make_config(
     method,
     **{
-      "model.name": "noisy",
+      # Wide enough to split.
+      "model.width": 24,
+      "model.dropout": 0.2,
       "steps": STEPS,
       "batch_size": 32,
       "data.augment": True,
@@ -145,7 +113,7 @@ def main() -> None:
   jax.config.update("jax_num_cpu_devices", DEVICES // int(count))
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(address, int(count), int(index))
-  register()
+  tiny.register()
   metrics._event_writer = lambda workdir: None
   workdir = pathlib.Path(workdir)
   for case in CASES:
