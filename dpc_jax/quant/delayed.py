@@ -22,10 +22,13 @@ over those devices in every layer. A step:
 With ranges="batch" both functions change nothing, and the step is as always.
 
 A layer's `quant_stats` also holds `previous_lo`, `previous_hi` (`rhs_` before
-them for a second operand), `gradient_lo` and `gradient_hi`, float32. The grid
-over a previous range [lo, hi] clips what is outside to its ends, straight
-through, without a mask. Our decisions:
+them for a second operand), `gradient_lo` and `gradient_hi`, float32. Our
+decisions:
 
+    the grid of a row spans the previous range [lo, hi] of all rows, and is
+    wider where the row reaches beyond it: no value is clipped. A clipped
+    gradient would keep its old size on the way down, and a jump of the scale
+    take as many steps to arrive as there are layers;
     a previous range that is empty (lo >= hi: before the first step, after
     activations or gradients that were all equal), not finite or wider than
     float32 does not serve: for that step every row has a grid over its own
@@ -33,9 +36,6 @@ through, without a mask. Our decisions:
     grid's end, is not quantized;
     a row that is not finite gives NaN: its outputs, or all that its gradient
     reaches.
-
-A step that changes the size of the gradients, such as another scale of the
-loss, is clipped once, and the next one is not.
 """
 
 import collections

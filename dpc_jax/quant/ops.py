@@ -286,7 +286,7 @@ def _backward(spec, residuals, g):
       limits = spans.value_range(g, axes)
     else:
       own = spans.row_range(g)
-      limits = spans.guarded(spans.or_own(previous.limits, own), own)
+      limits = spans.guarded(spans.widened(previous.limits, own), own)
       # In place of a gradient of the probe, which has no effect.
       previous = PreviousGradient(None, packed(own))
     quantized = grids.encode(

@@ -201,7 +201,7 @@ def _delayed(module, rows, previous, product) -> LayerRanges:
   ):
     _refuse(module)
   limits = {
-    prefix: spans.guarded(spans.or_own(previous[prefix], own), own)
+    prefix: spans.guarded(spans.widened(previous[prefix], own), own)
     for prefix, own in rows.items()
     if prefix in previous
   }

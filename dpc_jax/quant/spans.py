@@ -48,15 +48,15 @@ def row_range(x: jax.Array) -> Range:
   return value_range(x, (0,) if x.ndim else None)
 
 
-def or_own(limits: Range, own: Range) -> Range:
-  """`limits`, or `own` where they are empty, not finite or wider than float32.
+def widened(limits: Range, own: Range) -> Range:
+  """`limits`, made wider where `own` lies outside of them; nothing is clipped.
 
-  Ends that are finite may be farther apart than float32 goes.
+  `own` alone where `limits` are empty (lo >= hi), or where the result is not
+  finite or wider than float32: finite ends may be farther apart than that.
   """
-  usable = jnp.isfinite(limits.hi - limits.lo) & (limits.lo < limits.hi)
-  return Range(
-    jnp.where(usable, limits.lo, own.lo), jnp.where(usable, limits.hi, own.hi)
-  )
+  lo, hi = jnp.minimum(limits.lo, own.lo), jnp.maximum(limits.hi, own.hi)
+  usable = jnp.isfinite(hi - lo) & (limits.lo < limits.hi)
+  return Range(jnp.where(usable, lo, own.lo), jnp.where(usable, hi, own.hi))
 
 
 def guarded(limits: Range, own: Range) -> CheckedRange:

@@ -25,9 +25,11 @@ def assert_close(a, b):
 
 
 def on_grid(x, bits, kind, limits, *, floor=1e-8):
-  """The values of `x` in float64; limits (lo, hi), or None: by row."""
+  """The values of `x` in float64; limits (lo, hi), wider where a row is."""
   x = np.asarray(x, np.float64)
-  lo, hi = limits or (x.min(1, keepdims=True), x.max(1, keepdims=True))
+  lo, hi = x.min(1, keepdims=True), x.max(1, keepdims=True)
+  if limits:
+    lo, hi = np.minimum(lo, limits[0]), np.maximum(hi, limits[1])
   if kind == "affine":
     bottom, top, offset, span = 0, 2**bits - 1, lo, hi - lo
   else:
@@ -59,7 +61,7 @@ def test_three_steps_written_out(kind, storage):
   step = jax.jit(steps.make_step(layer))
   ranges, averages = None, None
   for i in range(3):
-    # Later steps are larger: much is clipped.
+    # Later steps are larger: rows reach beyond the ranges before.
     x, g = (
       (1 + i) * steps.normal(2 * i, 4, 6),
       (1 + i) * steps.normal(2 * i + 1, 4, 5),
@@ -275,6 +277,19 @@ def test_what_is_not_finite_stays_in_its_row_and_in_its_step(bad):
     lo, hi = (many["quant_stats"][f"{name}_{end}"] for end in ("lo", "hi"))
     assert not np.isfinite(hi), name
     assert np.isfinite(lo) == np.isinf(bad), name
+
+
+def test_a_jump_of_scale_arrives_at_once_through_many_layers():
+  """Nothing is clipped: the first layer's gradient is not of the old size."""
+  model, variables, x, g = steps.net(depth=4)
+  step = jax.jit(steps.make_step(model))
+  norms = []
+  for scale in (1.0, 100.0, 0.01, 1.0):
+    _, (grads, _), variables = step(variables, (x,), scale * g)
+    norms.append([np.linalg.norm(w) / scale for w in jax.tree.leaves(grads)])
+  # The small one has few codes of the range before.
+  for i in (1, 3):
+    np.testing.assert_allclose(norms[i], norms[0], rtol=0.1)
 
 
 def test_a_step_without_gradient_does_not_spoil_the_next():
