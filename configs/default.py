@@ -31,8 +31,9 @@ def get_config(argument: str = "dpc") -> ml_collections.ConfigDict:
   config.keep_checkpoints = 2  # the newest ones
   # With a validation split, the best one by it, too; the test set chooses none.
   config.keep_best = True
-  # A step whose loss or gradient is not finite is skipped; after so many in a
-  # row the run stops. None: it stops after the first.
+  # A step whose loss or gradient is not finite is skipped; the run stops when,
+  # at a log, a save or an evaluation, so many in a row lie behind it. None: it
+  # stops after any.
   config.max_skipped = 10
   # Precision of float32 products: "default" (TF32 on recent GPUs), "high",
   # "highest"; none leaves JAX's own setting.

@@ -41,8 +41,8 @@ class Watch:
     """What there is to say about steps skipped since the last look.
 
     Returns:
-      (why the run has to stop or None, a line to show or None). It stops after
-      `max_skipped` of them in a row; None stops it at the first.
+      (why the run has to stop or None, a line to show or None). It stops where
+      the last `max_skipped` steps were skipped; None: where any was.
     """
     skips = jax.device_get(state.skips)
     count, self._skipped = skips.total - self._skipped, int(skips.total)

@@ -59,7 +59,7 @@ def train_and_evaluate(
       damaged or do not fit, or a threshold of `precision.bounds` that no width
       reaches.
     DivergedError: a number in the state is no longer finite, or loss or
-      gradient were not in `max_skipped` steps in a row; no state is ever saved
+      gradient were not in the last `max_skipped` steps; no state is ever saved
       that is not finite.
 
   Where another process of the run is lost, this one ends some seconds after the

@@ -169,10 +169,13 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 
 
 def half_saved(workdir: pathlib.Path) -> set[tuple[str, int]]:
-  """{(name, time)} of checkpoints of orbax that are not complete."""
+  """{(name, time)} of checkpoints that orbax is still writing, or was."""
   found = set()
   folder = workdir / "checkpoints"
   for path in folder.glob("*orbax-checkpoint-tmp*"):
+    # Complete checkpoints bear the name, too, on their way out.
+    if ".deleted" in path.name:
+      continue
     # Complete, and renamed, meanwhile.
     with contextlib.suppress(FileNotFoundError):
       found.add((path.name, path.stat().st_mtime_ns))

@@ -156,6 +156,7 @@ class Bench:
     workdir = self._new()
     group = self._start(workdir)
     if not self._wait_for(group, TRAINING):
+      group.kill()
       return None
     start = time.monotonic()
     group.signal(signal.SIGTERM)
@@ -182,6 +183,7 @@ class Bench:
         group.wait_until(lambda: bool(fault_runs.saved_steps(workdir)))
         and self._wait_for(group, TRAINING)
       ):
+        group.kill()
         return None
       start = time.monotonic()
       filler = workdir.parent / "filler"
@@ -206,9 +208,10 @@ class Bench:
     workdir = self._new()
     with _disk(workdir.parent):
       group = self._start(workdir)
-      if not self._wait_for(group, TRAINING):
-        return None
+      is_there = self._wait_for(group, TRAINING)
       group.kill()
+      if not is_there:
+        return None
       reached = fault_runs.reached_step(workdir)
       _mount("-o", "remount,ro", str(workdir.parent))
       start = time.monotonic()

@@ -89,6 +89,12 @@ def test_a_save_that_a_kill_left_is_none_under_way(tmp_path):
   assert fault_runs.is_saving(tmp_path, left)
 
 
+def test_a_deletion_is_no_save(tmp_path):
+  folder = tmp_path / "checkpoints" / "7.deleted.orbax-checkpoint-tmp"
+  folder.mkdir(parents=True)
+  assert fault_runs.half_saved(tmp_path) == set()
+
+
 @pytest.fixture
 def copy(bench, tmp_path):
   shutil.copytree(bench.workdir, tmp_path / "run")
