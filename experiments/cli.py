@@ -12,8 +12,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpc_jax.data import prepared
+from dpc_jax.training import checks, distributed, loop, peers, rendezvous
 from dpc_jax.training import config as config_lib
-from dpc_jax.training import distributed, loop, peers, rendezvous
 from experiments import mistakes
 
 FLAGS = flags.FLAGS
@@ -96,9 +96,10 @@ def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
 
   0: done, or stopped by SIGTERM and saved, or --help. 1: the loss diverged, in
   one line, or any fault of the program, which raises. 2: a user's mistake, or
-  damaged data, in one line. 3: a process was lost or did not come in time, or
-  the disk is full: the same command may succeed, and goes on. 130: interrupted
-  by Ctrl-C. With --debug a traceback takes the line's place; the codes stay.
+  damaged data, in one line. 3: a process was lost or did not come in time,
+  another run is at the workdir, or the disk is full: the same command may
+  succeed, and goes on. 130: interrupted by Ctrl-C. With --debug a traceback
+  takes the line's place; the codes stay.
   """
   if any(arg in _HELP for arg in argv[1:]):
     print(_help(main))
@@ -122,8 +123,11 @@ def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
       distributed.join(found, FLAGS.join_timeout)
     with peers.watch(who, is_quiet=not debug):
       return main() or 0
-  except rendezvous.AbsentError as error:
-    return _fail(f"{who}{error}", peers.EXIT_CODE, error if debug else None)
+  except checks.TransientError as error:
+    # The absent are not waited for; that a folder is busy, all hear.
+    grace_s = 0 if isinstance(error, rendezvous.AbsentError) else peers.GRACE_S
+    shown = error if debug else None
+    return _fail(f"{who}{error}", peers.EXIT_CODE, shown, grace_s)
   except (config_lib.ConfigError, prepared.DataError) as error:
     return _fail(f"{who}{error}", 2, error if debug else None)
   except loop.DivergedError as error:
@@ -139,7 +143,10 @@ def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
       # The others wait for this one, and Python, on its way out, for them.
       peers.leave(1)
       raise
-    return _fail(f"{who}{found.line}", found.code, error if debug else None)
+    # The lost are not waited for.
+    grace_s = 0 if found.code == peers.EXIT_CODE else peers.GRACE_S
+    shown = error if debug else None
+    return _fail(f"{who}{found.line}", found.code, shown, grace_s)
 
 
 def _others() -> distributed.Plan | None:
@@ -212,12 +219,19 @@ def _help(main: Callable[[], int | None]) -> str:
   return "\n".join(lines)
 
 
-def _fail(text: str, code: int, shown: BaseException | None = None) -> int:
-  """Prints the line, or the traceback of `shown`; returns the code."""
+def _fail(
+  text: str,
+  code: int,
+  shown: BaseException | None = None,
+  grace_s: float = peers.GRACE_S,
+) -> int:
+  """Prints the line, or the traceback of `shown`; returns the code.
+
+  The other processes have `grace_s` seconds to end alike.
+  """
   if shown is not None:
     traceback.print_exception(shown)
   else:
     print(f"error: {mistakes.one_line(text)}", file=sys.stderr)
-  # The lost are not waited for.
-  peers.leave(code, 0 if code == peers.EXIT_CODE else peers.GRACE_S)
+  peers.leave(code, grace_s)
   return code

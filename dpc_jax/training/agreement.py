@@ -21,8 +21,8 @@ def from_first(look: Callable[[], Any]) -> Any:
     Its result; of several processes as JSON gives it back.
 
   Raises:
-    Exception: what `look` raised. In the other processes as ConfigError or
-      OSError with the same words, or else as RuntimeError.
+    Exception: what `look` raised. In the other processes as TransientError,
+      ConfigError or OSError with the same words, or else as RuntimeError.
   """
   if jax.process_count() == 1:
     return look()
@@ -42,6 +42,8 @@ def from_first(look: Callable[[], Any]) -> Any:
       return value
     case "OSError":
       raise OSError(*value)
+    case "TransientError":
+      raise checks.TransientError(value)
     case "ConfigError":
       raise checks.ConfigError(value)
     case _:
@@ -52,6 +54,8 @@ def _said_of(error: Exception) -> list[Any]:
   if isinstance(error, OSError) and error.errno is not None:
     name = None if error.filename is None else str(error.filename)
     return ["OSError", [error.errno, error.strerror, name]]
+  if isinstance(error, checks.TransientError):
+    return ["TransientError", str(error)]
   if isinstance(error, checks.ConfigError):
     return ["ConfigError", str(error)]
   return ["other", f"{type(error).__name__}: {error}"]

@@ -9,6 +9,10 @@ class ConfigError(ValueError):
   """A user's mistake; the message is one line: field, value, remedy."""
 
 
+class TransientError(ConfigError):
+  """What may be over another time: the same command may succeed then."""
+
+
 def fail(name: str, value: Any, remedy: str) -> NoReturn:
   """Raises ConfigError for the field `name`."""
   raise ConfigError(f"config.{name} = {value!r}: {remedy}")

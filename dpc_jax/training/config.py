@@ -7,7 +7,6 @@ import os
 import pathlib
 from typing import Any
 
-import jax
 import ml_collections
 
 from dpc_jax.training import checks, config_precision, partition
@@ -31,6 +30,8 @@ _NOT_COMPARED = (
   "mesh.sharding",
   "mesh.rules",
 )
+# Of these, what may be of each process its own.
+_OF_A_HOST = ("data.dir", "data.workers")
 # Differences between two runs that one line names.
 _SHOWN = 5
 _MAX_SEED = 2**32 - 1
@@ -218,7 +219,7 @@ def config_hash(config: Any) -> str:
 def claim_workdir(config: Any, workdir: pathlib.Path) -> None:
   """Writes `config.json`, or checks that the one there is the same.
 
-  Of several processes, the first one writes.
+  One process at a time may do so; of several, one does it for all.
 
   Raises:
     ConfigError: the workdir holds a run of another config, or one without
@@ -237,7 +238,7 @@ def claim_workdir(config: Any, workdir: pathlib.Path) -> None:
         f"workdir = {workdir}: holds checkpoints, but config.json is missing;"
         " use another workdir"
       )
-    elif jax.process_index() == 0:
+    else:
       workdir.mkdir(parents=True, exist_ok=True)
       temporary = path.with_suffix(".tmp")
       temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
@@ -261,19 +262,56 @@ def _check_claim(config, workdir, text) -> None:
     ) from None
   here = _compared(config)
   unread = config_precision.unread(config.precision)
-  differences = [
-    f"{name}: there {_shown(there, name)}, here {_shown(here, name)}"
-    for name in sorted({*here, *there} - set(_NOT_COMPARED))
+  names = {
+    name
+    for name in {*here, *there} - set(_NOT_COMPARED)
     if not name.startswith(unread)
     and here.get(name, _ADDED.get(name)) != there.get(name, _ADDED.get(name))
-  ]
-  if differences:
-    more = len(differences) - _SHOWN
-    shown = differences[:_SHOWN] + [f"and {more} more"] * (more > 0)
+  }
+  if names:
     raise ConfigError(
-      f"workdir = {workdir}: holds another run; {'; '.join(shown)}; use another"
-      " workdir, or delete it"
+      f"workdir = {workdir}: holds another run; {_listed(names, here, there)};"
+      " use another workdir, or delete it"
     )
+
+
+def difference(
+  config: Any, other: dict[str, Any], words: tuple[str, str]
+) -> str:
+  """Where a config differs from that of another process; "" for nowhere.
+
+  Args:
+    config: resolved.
+    other: `shared` of the other process.
+    words: before a value of the other, and of this one.
+  """
+  here = shared(config)
+  names = {*here, *other}
+  return _listed(
+    {n for n in names if _shown(here, n) != _shown(other, n)},
+    here,
+    other,
+    words,
+  )
+
+
+def shared(config: Any) -> dict[str, Any]:
+  """{path: value} of what all processes of a run must have alike, as in JSON.
+
+  All but where the data lies and who decodes it: what does not change a number
+  of the run, such as `checkpoint_every` or the mesh, says when processes meet.
+  """
+  flat = _flat(json.loads(json.dumps(config.to_dict())))
+  return {name: x for name, x in flat.items() if name not in _OF_A_HOST}
+
+
+def _listed(names, here, there, words=("there", "here")) -> str:
+  listed = [
+    f"{name}: {words[0]} {_shown(there, name)}, {words[1]} {_shown(here, name)}"
+    for name in sorted(names)
+  ]
+  more = len(listed) - _SHOWN
+  return "; ".join(listed[:_SHOWN] + [f"and {more} more"] * (more > 0))
 
 
 def _shown(fields: dict[str, Any], name: str) -> str:

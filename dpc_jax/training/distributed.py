@@ -37,6 +37,8 @@ _PORT = "JAX_COORDINATOR_PORT"
 # Ports of jobs under SLURM and Open MPI, by the job's number, as JAX's own.
 _PORTS = 2**12
 _FIRST_PORT = 2**16 - _PORTS
+# JAX's errors of processes that were lost, or came again, as they joined.
+_PASSING = re.compile(r"(DEADLINE_EXCEEDED|UNAVAILABLE|ABORTED)\b")
 _METADATA = (
   "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
   "worker-network-endpoints"
@@ -128,7 +130,8 @@ def join(found: Plan, timeout_s: float = JOIN_TIMEOUT_S) -> None:
 
   Raises:
     rendezvous.AbsentError: a ConfigError; the coordinator is not reached or
-      processes are missing after `timeout_s`: another time they may be there.
+      processes are missing after `timeout_s`, or one is lost meanwhile:
+      another time they may be there.
     ConfigError: the port is taken, two have the same index or another count.
       On TPU and Kubernetes, where JAX finds the addresses, it is JAX that ends
       a process which does not find the others in time.
@@ -155,8 +158,10 @@ def join(found: Plan, timeout_s: float = JOIN_TIMEOUT_S) -> None:
       shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
     )
   except (RuntimeError, ValueError, OSError) as error:
-    is_late = "DEADLINE_EXCEEDED" in str(error)
-    raise (rendezvous.AbsentError if is_late else checks.ConfigError)(
+    passes = isinstance(error, jax.errors.JaxRuntimeError) and _PASSING.match(
+      str(error)
+    )
+    raise (rendezvous.AbsentError if passes else checks.ConfigError)(
       f"{found.source}: the processes did not find each other: {error}"
     ) from None
 

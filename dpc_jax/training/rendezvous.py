@@ -29,7 +29,7 @@ _LONGEST = 1_000
 _PATIENCE_S = 5.0
 
 
-class AbsentError(checks.ConfigError):
+class AbsentError(checks.TransientError):
   """Processes did not find each other in time; another time they may."""
 
 

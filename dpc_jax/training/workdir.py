@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +16,11 @@ from dpc_jax.training import config as config_lib
 from dpc_jax.training import summary as summary_lib
 
 _LOCK = "lock"
+# Bytes of what a process says of its config.
+_LONGEST = 1000
 
 
-class BusyError(checks.ConfigError):
+class BusyError(checks.TransientError):
   """Somebody else trains in this folder now."""
 
 
@@ -26,8 +29,10 @@ def held(config: Any, workdir: pathlib.Path) -> Iterator[dict[str, Any] | None]:
   """Within it the folder is this run's, and nobody else's.
 
   Of several processes the first one looks, locks and writes `config.json`, and
-  all take its word. The lock goes with its process; where the file system has
-  no locks nothing is locked.
+  all take its word. The lock goes with its process, of a dead host later, when
+  the file server gives it up; nobody waits for that here. Where the file system
+  has no locks nothing is locked, and nothing of a finished run, which is only
+  read.
 
   Args:
     config: resolved; the same in all processes.
@@ -39,31 +44,41 @@ def held(config: Any, workdir: pathlib.Path) -> Iterator[dict[str, Any] | None]:
   Raises:
     ConfigError: see `config.claim_workdir` and `summary.read`; or a process was
       started with another config than the first one.
-    BusyError: another run is under way there; a ConfigError as the others
-      hear of it.
+    BusyError: another run is under way there; a TransientError as the other
+      processes hear of it.
   """
+  if jax.process_count() > 1:
+    _check_same(config)
   with contextlib.ExitStack() as stack:
 
     def look():
-      stack.enter_context(_lock(workdir))
+      if not os.path.exists(workdir / "summary.json"):
+        stack.enter_context(_lock(workdir))
       config_lib.claim_workdir(config, workdir)
+      # Another run may have ended just before the lock was free.
       return summary_lib.read(workdir)
 
-    done = agreement.from_first(look)
-    if jax.process_count() > 1:
-      _check_same(config)
-    yield done
+    yield agreement.from_first(look)
 
 
 def _check_same(config) -> None:
-  own = np.frombuffer(bytes.fromhex(config_lib.config_hash(config)), np.uint8)
-  hashes = np.asarray(multihost_utils.process_allgather(own))
-  others = [i for i, x in enumerate(hashes) if np.any(x != hashes[0])]
-  if others:
-    raise checks.ConfigError(
-      f"config: that of process {others[0]} is not that of process 0; start all"
-      " of them with the same command, from the same code"
-    )
+  """Before anything that goes by the config is done together, or written."""
+  first = agreement.from_first(lambda: config_lib.shared(config))
+  words = ("process 0 has", f"process {jax.process_index()} has")
+  text = config_lib.difference(config, first, words).encode()[:_LONGEST]
+  # Of one length, as shapes must agree; over a mesh of its own.
+  own = np.zeros(_LONGEST, np.uint8)
+  own[: len(text)] = np.frombuffer(text, np.uint8)
+  for said in np.asarray(multihost_utils.process_allgather(own)):
+    if said.any():
+      raise checks.ConfigError(
+        f"config: not the same in all processes; {_text(said)}; start all of"
+        " them with the same command, from the same code"
+      )
+
+
+def _text(said: np.ndarray) -> str:
+  return bytes(said).rstrip(b"\0").decode(errors="ignore")
 
 
 @contextlib.contextmanager
@@ -81,7 +96,7 @@ def _lock(folder: pathlib.Path) -> Iterator[None]:
     except BlockingIOError:
       raise BusyError(
         f"workdir = {folder}: another process trains this run; start again when"
-        " it is done"
+        f" it is done, or if none runs there, delete {folder / _LOCK}"
       ) from None
     except OSError:
       pass

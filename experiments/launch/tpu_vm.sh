@@ -50,8 +50,9 @@ shift
 [[ -n "${TPU_NAME:-}" ]] || fail "TPU_NAME is not set"
 [[ -n "${ZONE:-}" ]] || fail "ZONE is not set"
 remote=${REMOTE:-dpc_jax}
-# Of a run that was started here and has not ended.
-runs="kill -0 \$(cat train.pid 2> /dev/null) 2> /dev/null"
+# Of a run that was started here and has not ended. After the host was started
+# again another program may have its number.
+runs="grep -aqsF experiments.train /proc/\$(cat train.pid 2> /dev/null)/cmdline"
 
 case "$action" in
   install)

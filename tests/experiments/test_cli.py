@@ -5,7 +5,7 @@ import sys
 import pytest
 from absl import flags
 
-from dpc_jax.training import build, loop, peers, rendezvous
+from dpc_jax.training import build, loop, peers, rendezvous, workdir
 from experiments import cli, train
 
 # ml_collections reads a recipe by a way that Python will drop one day.
@@ -249,6 +249,9 @@ def test_exit_codes(command):
   error = rendezvous.AbsentError("process 1 did not come")
   code, _, err = command(*arguments, main=raises(error))
   assert (code, err) == (3, "error: process 1 did not come\n")
+  error = workdir.BusyError("workdir = x: another process trains this run")
+  code, _, err = command(*arguments, main=raises(error))
+  assert (code, err) == (3, f"error: {error}\n")
   error = PermissionError(13, "Permission denied", "/data/x")
   code, _, err = command(*arguments, main=raises(error))
   assert (code, err.count("\n")) == (2, 1)

@@ -118,6 +118,11 @@ def said(home):
   return [shlex.split(x) for x in (home / "said").read_text().splitlines()]
 
 
+HOST = (
+  'for x; do [[ "$x" != --command=* ]] || (cd; bash -c "${x#*=}") || exit; done'
+)
+# Until a trap or a signal ends it, however late that comes.
+WAIT = "while :; do sleep 0.02; done"
 TELL = 'printf \'%q \' "$(basename "$0")" "$@" >> $SAID; echo >> $SAID'
 
 
@@ -173,13 +178,8 @@ def test_tpu_install(home):
 
 def test_tpu_train_for_real(home, known):
   """A stand-in runs on this machine what every host would run."""
-  program(
-    home,
-    "gcloud",
-    'for x; do [[ "$x" != --command=* ]] ||'
-    ' (cd; bash -c "${x#*=}") || exit; done',
-  )
-  program(home, "python", f"{TELL}; echo at step 7; exec sleep 60")
+  program(home, "gcloud", HOST)
+  program(home, "python", f"{TELL}; echo at step 7; {WAIT}")
   (home / "dpc_jax" / ".venv" / "bin").mkdir(parents=True)
   python = home / "dpc_jax" / ".venv" / "bin" / "python"
   python.symlink_to(home / "bin" / "python")
@@ -201,6 +201,21 @@ def test_tpu_train_for_real(home, known):
     assert tpu(home, "stop")[0] == 0
   wait_for(lambda: tpu(home, "status")[1] == "no run\nat step 7\n")
   assert tpu(home, "stop")[0] == 0
+
+
+def test_tpu_number_of_another(home):
+  """After the host was started again: neither in the way, nor stopped."""
+  program(home, "gcloud", HOST)
+  (home / "dpc_jax").mkdir()
+  (home / "dpc_jax" / "train.log").write_text("at step 7\n")
+  with subprocess.Popen(["sleep", "60"]) as other:
+    (home / "dpc_jax" / "train.pid").write_text(f"{other.pid}\n")
+    try:
+      assert tpu(home, "status") == (0, "no run\nat step 7\n", "")
+      assert tpu(home, "stop") == (0, "", "")
+      assert other.poll() is None
+    finally:
+      other.kill()
 
 
 def wait_for(condition):
@@ -342,10 +357,6 @@ def test_jobset_command(jobset, known):
   assert values["config"].to_dict() == (
     imagenet_resnet50.get_config("dpc").to_dict()
   )
-
-
-# Until a trap ends it, however late the signal comes.
-WAIT = "while :; do sleep 0.02; done"
 
 
 @pytest.mark.parametrize(

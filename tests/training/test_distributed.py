@@ -238,6 +238,29 @@ def test_one_line_where_jax_refuses(monkeypatch):
   }
 
 
+@pytest.mark.parametrize(
+  ("error", "passes"),
+  [
+    ("DEADLINE_EXCEEDED: Deadline Exceeded", True),
+    ("UNAVAILABLE: failed to connect to all addresses", True),
+    ("ABORTED: 1 unexpectedly tried to connect with a different", True),
+    ("INVALID_ARGUMENT: was UNAVAILABLE", False),
+    (ValueError("ABORTED"), False),
+  ],
+)
+def test_what_jax_finds_may_pass(error, passes, monkeypatch):
+  if isinstance(error, str):
+    error = jax.errors.JaxRuntimeError(error)
+
+  def refuse(*arguments, **options):
+    raise error
+
+  monkeypatch.setattr(jax.distributed, "initialize", refuse)
+  with pytest.raises(checks.ConfigError, match="did not find") as caught:
+    distributed.join(distributed.Plan("TPU", "gcetpu"))
+  assert isinstance(caught.value, checks.TransientError) == passes
+
+
 def start(environment, *flags, recipe="configs/digits_resnet8.py:dpc,smoke"):
   return subprocess.Popen(
     [

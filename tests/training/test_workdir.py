@@ -22,10 +22,17 @@ def test_nobody_else_meanwhile(folder):
     assert done is None
     assert json.loads((folder / "config.json").read_text())
     with (
-      pytest.raises(workdir.BusyError, match="another process trains this run"),
+      pytest.raises(workdir.BusyError) as caught,
       workdir.held(config, folder),
     ):
       pass
+    line = f"workdir = {folder}: another process trains this run; start again"
+    assert str(caught.value).startswith(line)
+    assert str(caught.value).endswith(f"none runs there, delete {folder}/lock")
+    # As the line says, of a lock that outlived its host.
+    (folder / "lock").unlink()
+    with workdir.held(config, folder) as done:
+      assert done is None
   with workdir.held(config, folder):
     pass
 
@@ -55,8 +62,27 @@ def test_without_locks_nothing_is_locked(folder, monkeypatch):
 
 
 def test_a_finished_run_is_told(folder):
-  with workdir.held(tiny.make_config(), folder):
+  """To several at once, and the others are told that it is another's."""
+  config = tiny.make_config()
+  with workdir.held(config, folder):
     (folder / "summary.json").write_text('{"steps": 3}')
+    with (
+      workdir.held(config, folder) as done,
+      workdir.held(config, folder) as again,
+    ):
+      assert done == again == {"steps": 3}
+    with (
+      pytest.raises(checks.ConfigError, match="seed: there 0, here 1"),
+      workdir.held(tiny.make_config(seed=1), folder),
+    ):
+      pass
+
+
+def test_a_run_that_ends_as_another_starts_is_told(folder, monkeypatch):
+  def lock(file, how):
+    (folder / "summary.json").write_text('{"steps": 3}')
+
+  monkeypatch.setattr(fcntl, "flock", lock)
   with workdir.held(tiny.make_config(), folder) as done:
     assert done == {"steps": 3}
 
@@ -75,8 +101,19 @@ def test_processes_agree(tmp_path):
     for index in range(2)
   ]
   assert told[0] == told[1]
-  assert told[0]["texts"] == [None, "", "ä" * 3000]
-  assert "config: that of process 1 is not that of process 0" in told[0]["seed"]
-  assert "holds another run; steps: there 6, here 7" in told[0]["other"]
-  assert told[0]["done"] == {"steps": 3}
-  assert several_configs.SEEDS == (0, 1)
+  told = told[0]
+  assert told["texts"] == [None, "", "ä" * 3000]
+  listed = []
+  for name, (first, other) in several_configs.DIFFERENCES.items():
+    listed.append(f"{name}: process 0 has {first}, process 1 has {other}")
+    when, line = told[name]
+    assert when == "never"
+    assert line.startswith("config: not the same in all processes; ")
+    assert f"; {listed[-1]}; start all of them with the same command" in line
+    assert not (tmp_path / name).exists()
+  assert f"; {'; '.join(sorted(listed))}; start all of them" in told["all"][1]
+  assert told["other"][0] == told["seed"][0] == "never"
+  assert "holds another run; steps: there 6, here 7" in told["other"][1]
+  assert told["busy"][0] == "later"
+  assert "another process trains this run" in told["busy"][1]
+  assert told["done"] == {"steps": 3}

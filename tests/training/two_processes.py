@@ -5,6 +5,7 @@ Trains a float run, a DPC run, an LSTM, and an adaptive run that only SIGTERM
 ends.
 """
 
+import contextlib
 import pathlib
 import sys
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from dpc_jax.training import build, loop, metrics, termination
-from dpc_jax.training import config as config_lib
+from dpc_jax.training import workdir as workdir_lib
 from tests.training import tiny
 
 DEVICES_PER_PROCESS = 2
@@ -72,12 +73,12 @@ def train_endlessly(workdir: pathlib.Path, index: str) -> dict | None:
   """Leaves this process's share of the last state in `state-INDEX.npz`."""
   with termination.watch() as is_stopping:
     parts = build.build(make_endless_config())
-    config_lib.claim_workdir(parts.config, workdir / "endless")
-    run = loop._Run(parts, workdir / "endless")
-    try:
+    folder = workdir / "endless"
+    with (
+      workdir_lib.held(parts.config, folder),
+      contextlib.closing(loop._Run(parts, folder)) as run,
+    ):
       summary = run.train(is_stopping)
-    finally:
-      run.close()
   state = tiny.leaves(run.state)
   np.savez(workdir / f"state-{index}.npz", **state)
   return summary
