@@ -14,29 +14,35 @@ network the others may see what was there a while ago.
 """
 
 import dataclasses
+import errno
 import functools
-import importlib.metadata
-import json
+import os
 import pathlib
 import shutil
 import threading
-import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from dpc_jax.training import agreement, checks, checksums, fit, peers
+from dpc_jax.training import (
+  about,
+  agreement,
+  checks,
+  checksums,
+  fit,
+  peers,
+  saver,
+)
 
-# Raised by one for a change that an older program could not read.
-FORMAT = 2
 DAMAGED = "damaged_checkpoints"
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # orbax's end of the name of a folder that is not whole.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _AWAY = "move it out of that folder, and the one before it is used"
-_POLL_S = 0.02
+# Of a file that is gone, or another thing in its place: damage. Any other
+# error of the system tells of the disk, and the file may be as it should.
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 class Checkpoints:
@@ -56,15 +62,8 @@ class Checkpoints:
     self._workdir = workdir
     self._folder = (workdir / "checkpoints").absolute()
     self._policy = _Policy(keep, keep_best)
-    self._manager = ocp.CheckpointManager(
-      self._folder,
-      # It keeps all: nothing may go before its successor has checksums.
-      options=ocp.CheckpointManagerOptions(create=True),
-      item_handlers={
-        "state": ocp.StandardCheckpointHandler(),
-        **{n: ocp.JsonCheckpointHandler() for n in ("host", "config", "about")},
-      },
-    )
+    # It keeps all: nothing may go before its successor has checksums.
+    self._manager = saver.Manager(self._folder)
     # As process 0 sees them, oldest first; None before it was asked.
     self._steps: list[int] | None = None
     self._thread = None
@@ -90,7 +89,11 @@ class Checkpoints:
       self._use(agreement.from_first(self._list))
     if self.latest_step() == step:
       return
-    self._join()
+    # An error is raised before the others are waited for: they may wait for
+    # this process in the save that failed. One still under way is waited for
+    # by orbax, once all are there, so that the end of one tells the others.
+    if self._thread is not None and not self._thread.is_alive():
+      self.wait()
     # force: a save is asked for, so no policy of orbax may leave it out.
     self._manager.save(
       step,
@@ -98,29 +101,35 @@ class Checkpoints:
         state=ocp.args.StandardSave(state),
         host=ocp.args.JsonSave(host),
         config=ocp.args.JsonSave(config),
-        about=ocp.args.JsonSave(_about()),
+        about=ocp.args.JsonSave(about.written()),
       ),
       force=True,
     )
+    try:
+      self._join()
+    finally:
+      self._begin_to_seal(step)
+
+  def _begin_to_seal(self, step: int) -> None:
     kept = self._policy.kept([*self._steps, step])
     old = [other for other in self._steps if other not in kept]
     self._steps = [*(s for s in self._steps if s in kept), step]
-    if jax.process_index() == 0:
-      self._thread = threading.Thread(
-        target=self._seal, args=(step, old), name="checksums", daemon=True
-      )
-      self._thread.start()
+    self._thread = threading.Thread(
+      target=self._seal, args=(step, old), name="checksums", daemon=True
+    )
+    self._thread.start()
 
   def _seal(self, step: int, old: Sequence[int]) -> None:
-    """Waits for the commit, writes the checksums, then deletes the old."""
+    """Waits for the commit; process 0 writes checksums, deletes the old."""
     try:
-      while self._manager.is_saving_in_progress():
-        time.sleep(_POLL_S)
-      folder = self._folder / str(step)
-      # A save that failed left none; orbax raises that to whoever waits.
-      if not folder.is_dir():
-        return
-      checksums.write(folder)
+      self._manager.wait_until_finished()
+    # Whatever it is, orbax raises it to every thread that waits.
+    except Exception:
+      return
+    if jax.process_index() != 0:
+      return
+    try:
+      checksums.write(self._folder / str(step))
       for other in old:
         self._delete(other)
     # A thread's error is seen by nobody: the next `_join` raises it.
@@ -148,8 +157,10 @@ class Checkpoints:
     All processes must call it: process 0 checks the files.
 
     Raises:
-      ConfigError: the checkpoint is damaged, or does not fit `abstract`.
-      OSError: the disk did not let process 0 check the files.
+      ConfigError: the checkpoint is damaged, of a newer format, or does not fit
+        `abstract`.
+      OSError: the disk did not let process 0 check the files, or this process
+        read them.
     """
     problem, is_sealed = agreement.from_first(lambda: self._examine(step))
     found = None
@@ -181,11 +192,12 @@ class Checkpoints:
 
     Raises:
       ConfigError: all are damaged, and stay where they are; or the newest
-        whole one is of a state with other fields, shapes or dtypes; or, of
-        several processes, this one cannot read one without checksums, which
-        the others perhaps can: it stays, too, and this process must end.
-      OSError: the disk did not let process 0 check the files. That is no
-        damage, and nothing was moved.
+        whole one is of a newer format, or of a state with other fields, shapes
+        or dtypes; or, of several processes, this one cannot read one without
+        checksums, which the others perhaps can: it stays, too, and this
+        process must end.
+      OSError: the disk did not let process 0 check the files, or this process
+        read them. That is no damage, and nothing was moved.
     """
     self._use(agreement.from_first(self._tidy))
     problems = {}
@@ -230,7 +242,15 @@ class Checkpoints:
   def _examine(self, step: int) -> tuple[str | None, bool]:
     """(what is wrong by the checksums, whether there are any)."""
     folder = self._folder / str(step)
-    return checksums.problem(folder), checksums.exist(folder)
+    problem = checksums.problem(folder)
+    # Only now its `about` can be trusted.
+    if problem is None and (found := about.too_new(folder)) is not None:
+      raise checks.ConfigError(
+        f"workdir = {self._workdir}: checkpoints/{step} is of format {found},"
+        f" and this dpc_jax reads formats up to {about.FORMAT}; use a newer"
+        " dpc_jax, or another workdir"
+      )
+    return problem, checksums.exist(folder)
 
   def _try(self, step, abstract, is_sealed):
     """((state, host), None), or (None, what is wrong) in the one process.
@@ -243,7 +263,7 @@ class Checkpoints:
     try:
       return self._read(step, abstract), None
     # Of a device, or of another process: the file may be as it should.
-    except (checks.ConfigError, jax.errors.JaxRuntimeError):
+    except (checks.ConfigError, jax.errors.JaxRuntimeError, TimeoutError):
       raise
     # orbax has no class of its own for bad files, and for one that is gone
     # raises a bare Exception.
@@ -252,6 +272,11 @@ class Checkpoints:
       lost = jax.errors.JaxRuntimeError(str(error))
       if peers.explain(lost) is not None:
         raise lost from error
+      refusal = peers.system_error(error)
+      if refusal is not None and refusal.errno not in _MISSING:
+        name = refusal.filename or str(self._folder / str(step))
+        said = os.strerror(refusal.errno)
+        raise OSError(refusal.errno, said, name) from error
       problem = f"orbax cannot read it: {' '.join(str(error).split())[:200]}"
       if jax.process_count() == 1:
         return None, problem
@@ -291,7 +316,7 @@ class Checkpoints:
       abstract,
       there,
       f"workdir = {self._workdir}: checkpoints/{step}",
-      functools.partial(self._origin, step),
+      functools.partial(about.origin, self._folder / str(step)),
     )
     restored = self._manager.restore(
       step,
@@ -301,19 +326,6 @@ class Checkpoints:
       ),
     )
     return fit.complete(restored.state, abstract, late), restored.host
-
-  def _origin(self, step: int) -> str:
-    """What wrote a checkpoint."""
-    path = self._folder / str(step) / "about" / "metadata"
-    if not path.exists():
-      return "format 1"
-    try:
-      about = json.loads(path.read_text())
-      names = ("dpc_jax", "jax", "flax", "optax")
-      versions = [f"{name} {about['versions'][name]}" for name in names]
-      return ", ".join([f"format {about['format']}", *versions])
-    except (KeyError, TypeError, ValueError):
-      return "a program that its damaged about/ does not tell"
 
   def wait(self) -> None:
     """Returns when all is on disk, checksums too."""
@@ -345,20 +357,6 @@ class _Policy:
     if self.best and rated:
       kept.add(max(rated, key=self.scores.__getitem__))
     return kept
-
-
-def _about() -> dict[str, Any]:
-  """The format, and the versions of what writes it."""
-  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-  return {"format": FORMAT, "versions": {"dpc_jax": _own(), **versions}}
-
-
-def _own() -> str:
-  # The program may run from its source tree, not installed.
-  try:
-    return importlib.metadata.version("dpc_jax")
-  except importlib.metadata.PackageNotFoundError:
-    return "of a source tree"
 
 
 def abstract_state(abstract: Any, shardings: Any) -> Any:

@@ -51,7 +51,16 @@ _SHOWN = 160
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What TensorStore and TensorFlow say in place of the number.
 _FULL_TEXTS = ("no space left", "enospc", "quota exceeded", "edquot")
-_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# A disk that is damaged or, over a network, gone. Linux alone has EREMOTEIO.
+_GONE = (
+  errno.EIO,
+  errno.ESTALE,
+  errno.ETIMEDOUT,
+  getattr(errno, "EREMOTEIO", errno.EIO),
+)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, *_GONE)
+# How TensorStore ends the text of an error of the system.
+_NUMBER = re.compile(r"\[os_error_code='(\d+)'|\[OS error (\d+):")
 # Where orbax is, and TensorStore below it, in paths and in texts.
 _SAVERS = ("orbax", "tensorstore")
 
@@ -105,11 +114,14 @@ def explain(
   Returns:
     None for any other error.
   """
-  for link in _chain(error):
+  # What came first is the cause: a barrier fails after a full disk, and what
+  # waits for it runs out of time after a loss.
+  for link in reversed(list(_chain(error))):
     text = str(link).lower()
-    number = link.errno if isinstance(link, OSError) else None
+    told = _system_error(link)
+    number = None if told is None else told.errno
     if number in _REFUSED:
-      return _refused(link, workdir)
+      return _refused(told, workdir)
     if number in _FULL or any(sign in text for sign in _FULL_TEXTS):
       where = _path(link) or "the workdir"
       return Ending(f"{where}: the disk is full; make space, and {_AGAIN}")
@@ -119,6 +131,26 @@ def explain(
     if is_told and jax.distributed.is_initialized() and _SIGNS.search(text):
       return Ending(f"{_LOST} (JAX: {_first_line(link)})", is_loss=True)
   return None
+
+
+def system_error(error: BaseException) -> OSError | None:
+  """The error of the system that one is, or was raised from; the first of them.
+
+  Those that TensorStore tells by their number in its text count, too: they are
+  made into an OSError without a path. One without a number is none.
+  """
+  found = map(_system_error, reversed(list(_chain(error))))
+  return next((told for told in found if told is not None), None)
+
+
+def _system_error(link: BaseException) -> OSError | None:
+  if isinstance(link, OSError):
+    return None if link.errno is None else link
+  numbers = _NUMBER.search(str(link))
+  if numbers is None:
+    return None
+  number = int(numbers[1] or numbers[2])
+  return OSError(number, os.strerror(number))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -137,7 +169,7 @@ def _refused(error: OSError, workdir: str | os.PathLike) -> Ending:
     where = path or "a disk"
     return Ending(f"{where}: {error.strerror}; mend it, and {_AGAIN}")
   remedy = "change its permissions, or give another path"
-  if error.errno == errno.EIO:
+  if error.errno in _GONE:
     remedy = "its disk is damaged or gone; mend it, or give another path"
   elif error.errno == errno.EROFS:
     remedy = "give another path"
@@ -238,7 +270,9 @@ def hurry(grace_s: float = GRACE_S) -> Iterator[None]:
   """
   try:
     yield
-  except (jax.errors.JaxRuntimeError, ValueError) as error:
+  # Of any kind: orbax raises its own TimeoutError from JAX's error. Which of
+  # them tell of a loss is for `explain` to say.
+  except Exception as error:
     found = explain(error)
     if _watches and found is not None and found.is_loss:
       watched = _watches[-1]

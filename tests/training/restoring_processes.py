@@ -54,7 +54,7 @@ def restore_again(workdir: pathlib.Path, index: int, state: jax.Array) -> None:
     (workdir / "checkpoints" / "2" / checksums.NAME).unlink()
   checkpoints = checkpoint.Checkpoints(workdir, keep=20)
   if index == 1:
-    checkpoints._manager.restore = broken
+    checkpoints._manager.restore = damaged
   checkpoints.restore_newest(abstract, print)
   # The next thing of a run that is common to all.
   multihost_utils.sync_global_devices("restored")
@@ -62,6 +62,10 @@ def restore_again(workdir: pathlib.Path, index: int, state: jax.Array) -> None:
 
 def broken(*args, **kwargs):
   raise OSError(errno.EIO, "Input/output error", "a file")
+
+
+def damaged(*args, **kwargs):
+  raise ValueError("DATA_LOSS: of a file")
 
 
 def forbidden(folder):

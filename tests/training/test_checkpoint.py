@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import os
 import pathlib
 import shutil
 
@@ -10,7 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from dpc_jax.training import build, checkpoint, checks, checksums, loop
+from dpc_jax.training import (
+  about,
+  build,
+  checkpoint,
+  checks,
+  checksums,
+  loop,
+  peers,
+)
 from dpc_jax.training import config as config_lib
 from tests.training import processes, runs, tiny
 
@@ -240,22 +249,30 @@ class TestAnyFileWithoutChecksums:
     assert "checkpoints/2 is damaged: orbax cannot read it: " in message
     assert "; move it out of that folder, and the one before it is" in message
 
-  def test_the_device_has_no_room(self, tmp_path, monkeypatch):
-    """That is no fault of the file."""
+  @pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, TimeoutError])
+  def test_the_device_has_no_room(self, tmp_path, monkeypatch, kind):
+    """That is no fault of the file; nor is it if the time runs out."""
     folder = save(tmp_path)
     (folder / "2" / checksums.NAME).unlink()
 
     def full(*args):
-      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+      raise kind("RESOURCE_EXHAUSTED")
 
     monkeypatch.setattr(checkpoint.Checkpoints, "_read", full)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="EXHAUSTED"):
+    with pytest.raises(kind, match="EXHAUSTED"):
       newest(tmp_path)
     assert not (tmp_path / checkpoint.DAMAGED).exists()
 
 
-@pytest.mark.parametrize("code", ["EIO", "ESTALE", "EACCES", "EMFILE"])
-def test_a_disk_that_does_not_answer(tmp_path, monkeypatch, code):
+@pytest.mark.parametrize(
+  ("code", "exit_code"),
+  [
+    *[(x, 3) for x in ("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EACCES")],
+    # A limit of the process; no word on the disk.
+    ("EMFILE", None),
+  ],
+)
+def test_a_disk_that_does_not_answer(tmp_path, monkeypatch, code, exit_code):
   """The checkpoint may be whole: it stays where it is."""
   folder = save(tmp_path)
 
@@ -267,8 +284,129 @@ def test_a_disk_that_does_not_answer(tmp_path, monkeypatch, code):
     with pytest.raises(OSError, match="no answer") as caught:
       newest(tmp_path)
   assert caught.value.errno == getattr(errno, code)
+  ending = peers.explain(caught.value, tmp_path)
+  assert exit_code == (None if ending is None else ending.code)
   assert (folder / "2").is_dir()
   assert newest(tmp_path) == (2, [])
+
+
+class TestADiskThatDoesNotAnswerOrbax:
+  """Nor is one without checksums damaged then."""
+
+  def refusal(self, folder, abstract):
+    checkpoints = open_at(folder.parent)
+    errors = []
+    for restore in (
+      lambda: checkpoints.restore_newest(abstract, pytest.fail),
+      lambda: checkpoints.restore(2, abstract),
+    ):
+      with pytest.raises(OSError, match=r"\[Errno \d+\] \S+") as caught:
+        restore()
+      errors.append((caught.value.errno, caught.value.filename))
+    checkpoints.close()
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
+    assert not (folder.parent / checkpoint.DAMAGED).exists()
+    assert errors[0] == errors[1]
+    return errors[0]
+
+  @pytest.mark.parametrize("code", ["EIO", "ESTALE", "EMFILE", "EACCES"])
+  @pytest.mark.parametrize("has_cause", [False, True])
+  def test_by_a_number(self, tmp_path, monkeypatch, code, has_cause):
+    number = getattr(errno, code)
+    folder = save(tmp_path)
+    (folder / "2" / checksums.NAME).unlink()
+
+    def fail(*args):
+      error = OSError(number, "no answer", "a file")
+      if has_cause:
+        raise Exception("in its own words") from error
+      raise error
+
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoint.Checkpoints, "_read", fail)
+      assert self.refusal(folder, ABSTRACT) == (number, "a file")
+    assert newest(tmp_path)[0] == 2
+
+  @pytest.mark.parametrize("part", ["manifest", "shard"])
+  def test_in_the_words_of_tensorstore(self, tmp_path, part):
+    """As it is: a link to itself is no file that the system opens."""
+    # One array alone: of others orbax would leave reads behind.
+    checkpoints = open_at(tmp_path)
+    for step in (1, 2):
+      checkpoints.save(step, {"a": value(step)["a"]}, {}, {})
+    checkpoints.close()
+    folder = tmp_path / "checkpoints"
+    (folder / "2" / checksums.NAME).unlink()
+    found = shard(folder / "2")
+    if part == "manifest":
+      found = folder / "2" / "state" / "manifest.ocdbt"
+    found.unlink()
+    found.symlink_to(found.name)
+    assert self.refusal(folder, {"a": ABSTRACT["a"]}) == (
+      errno.ELOOP,
+      str(folder / "2"),
+    )
+
+
+class TestOnTheDisk:
+  """Before its checksums say so, and before another is deleted."""
+
+  @pytest.fixture
+  def events(self, monkeypatch):
+    """(folder that is synced, ...) or (folder that is deleted,), in order."""
+    found, sync, delete = [], os.fsync, checkpoint.Checkpoints._delete
+
+    def note_sync(descriptor):
+      path = pathlib.Path(f"/proc/self/fd/{descriptor}").resolve()
+      sealed = checksums.exist(path)
+      found.append((path, sealed) if path.is_dir() else (path,))
+      sync(descriptor)
+
+    def note_delete(checkpoints, step):
+      found.append(("deleted", step))
+      delete(checkpoints, step)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(checkpoint.Checkpoints, "_delete", note_delete)
+    return found
+
+  def test_all_of_it(self, tmp_path, events):
+    folder = save(tmp_path, steps=(1, 2), keep=1) / "2"
+    whole = [p for p in folder.rglob("*") if p.name != checksums.NAME]
+    files = {(p,) for p in whole if p.is_file()}
+    folders = {
+      (p, False) for p in (folder, folder.parent, *whole) if p.is_dir()
+    }
+    sums = events.index((folder / f"{checksums.NAME}.tmp",))
+    assert files | folders <= set(events[:sums])
+    assert len(files) > 5 and len(folders) > 5
+    # Its own name, too, once it is there.
+    assert events[sums + 1 :] == [(folder, True), ("deleted", 1)]
+
+  @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+  def test_a_disk_that_cannot(self, tmp_path, monkeypatch, number):
+    def fail(descriptor):
+      raise OSError(number, "No")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    folder = save(tmp_path, steps=(1,))
+    assert checksums.exist(folder / "1")
+    assert newest(tmp_path) == (1, [])
+
+  def test_a_disk_that_fails(self, tmp_path, monkeypatch):
+    """Then the one before it stays."""
+    save(tmp_path, steps=(1,), keep=1)
+
+    def fail(descriptor):
+      raise OSError(errno.EIO, "No")
+
+    with monkeypatch.context() as patch:
+      patch.setattr(os, "fsync", fail)
+      with pytest.raises(OSError, match="No"):
+        save(tmp_path, steps=(2,), keep=1)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["1", "2"]
+    assert not checksums.exist(tmp_path / "checkpoints" / "2")
 
 
 def test_what_a_killed_run_left_unfinished(tmp_path):
@@ -313,7 +451,7 @@ def test_two_processes(tmp_path):
   assert "another process of this run was lost" in said[0]
   assert (
     f"error: workdir = {tmp_path}: checkpoints/2 has no checksums.json, and"
-    " orbax cannot read it: [Errno 5] Input/output error: 'a file'; move it"
+    " orbax cannot read it: DATA_LOSS: of a file; move it"
   ) in said[1]
   assert (tmp_path / checkpoint.DAMAGED / "2").is_dir()
   assert (tmp_path / "checkpoints" / "2").is_dir()
@@ -349,7 +487,7 @@ class TestOfAnotherProgram:
     message = str(caught.value)
     assert "\n" not in message
     assert "checkpoints/4 does not fit this program: " in message
-    assert f"(written by format {checkpoint.FORMAT}, dpc_jax " in message
+    assert f"(written by format {about.FORMAT}, dpc_jax " in message
     assert f"jax {jax.__version__}, " in message
     return message
 
@@ -365,6 +503,31 @@ class TestOfAnotherProgram:
       leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=good.step.sharding)
       message = self.mistake(workdir, good.replace(step=leaf))
       assert f"step is int32[], not {dtype}{list(shape)} (w" in message
+
+  @pytest.mark.parametrize("is_sealed", [True, False])
+  def test_a_newer_one_is_refused(self, tmp_path, is_sealed):
+    """It stays: a newer program can read it."""
+    folder = save(tmp_path)
+    path = folder / "2" / about.NAME / "metadata"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"format": about.FORMAT + 1}))
+    (folder / "2" / checksums.NAME).unlink()
+    if is_sealed:
+      checksums.write(folder / "2")
+    checkpoints = open_at(tmp_path)
+    for restore in (
+      lambda: checkpoints.restore_newest(ABSTRACT, pytest.fail),
+      lambda: checkpoints.restore(2, ABSTRACT),
+    ):
+      with pytest.raises(checks.ConfigError) as caught:
+        restore()
+      assert str(caught.value) == (
+        f"workdir = {tmp_path}: checkpoints/2 is of format {about.FORMAT + 1},"
+        f" and this dpc_jax reads formats up to {about.FORMAT}; use a newer"
+        " dpc_jax, or another workdir"
+      )
+    checkpoints.close()
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
 
   def test_an_older_one_is_read(self, config, workdir):
     """Format 1 knew of no skipped steps, no versions and no checksums."""
@@ -388,13 +551,13 @@ class TestOfAnotherProgram:
 
 
 def test_about_names_the_versions(whole):
-  about = json.loads(
+  said = json.loads(
     (whole[0] / "checkpoints" / "6" / "about" / "metadata").read_text()
   )
-  assert about["format"] == checkpoint.FORMAT
-  assert about["versions"]["jax"] == jax.__version__
+  assert said["format"] == about.FORMAT
+  assert said["versions"]["jax"] == jax.__version__
   assert {"dpc_jax", "flax", "optax", "orbax-checkpoint"} <= set(
-    about["versions"]
+    said["versions"]
   )
 
 

@@ -86,7 +86,24 @@ def test_a_full_disk_in_the_words_of_others():
   assert "the disk is full" in peers.explain(ValueError(text)).line
 
 
-REFUSED = [errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO]
+@pytest.mark.parametrize("form", ["[os_error_code='%d'", "[OS error %d: X]"])
+def test_a_number_in_the_words_of_others(form):
+  """TensorStore's, as it was seen to write it, and as it once did."""
+  link = ValueError(f'UNKNOWN: Failed to open: "/x": No. {form % errno.ESTALE}')
+  found = peers.system_error(link)
+  assert (found.errno, found.filename) == (errno.ESTALE, None)
+  assert peers.explain(link).line.startswith("a disk: Stale file handle; mend")
+  missing = ValueError(form % errno.ENOENT)
+  assert peers.explain(missing) is None
+  assert peers.system_error(missing).errno == errno.ENOENT
+  for none in (ValueError("os error: none"), TimeoutError("no number")):
+    assert peers.system_error(none) is None
+
+
+REFUSED = [
+  *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+  *(errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO),
+]
 
 
 @pytest.mark.parametrize("number", REFUSED)
@@ -125,6 +142,24 @@ def test_what_it_was_raised_from_counts():
 
   assert "the disk is full" in peers.explain(of(True, False)).line
   assert "the disk is full" in peers.explain(of(False, True)).line
+
+
+def raised_from(error, cause):
+  error.__cause__ = cause
+  return error
+
+
+def test_what_came_first_is_the_cause(several):
+  full = OSError(errno.ENOSPC, "No space left on device", "a file")
+  lost = jax.errors.JaxRuntimeError(HEARTBEAT)
+  # The others do not come to a barrier after it.
+  assert "disk is full" in peers.explain(raised_from(lost, full)).line
+  # orbax's word for a barrier that fails; the same with a number.
+  for late in (TimeoutError("Timed out"), OSError(errno.ETIMEDOUT, "No")):
+    lost = jax.errors.JaxRuntimeError(HEARTBEAT)
+    assert isinstance(late, TimeoutError)
+    assert peers.explain(raised_from(late, lost)).is_loss
+  assert not peers.explain(OSError(errno.ETIMEDOUT, "No", "x")).is_loss
 
 
 def test_a_missing_file_is_no_fault_of_the_disk():
@@ -187,15 +222,23 @@ def test_a_process_leaves_with_its_code():
   assert code == 5 and seconds < 40
 
 
-def closing(text, seconds, *, outer="", inner="contextlib.nullcontext()"):
+def closing(
+  text, seconds, *, outer="", inner="contextlib.nullcontext()", by_orbax=False
+):
   """A run that loses another, closes in some seconds, and may be watched."""
+  raising = f"raise jax.errors.JaxRuntimeError({text!r})"
+  if by_orbax:
+    raising = (
+      "raise TimeoutError('Timed out while waiting for async_write_complete"
+      f" barrier.') from jax.errors.JaxRuntimeError({text!r})"
+    )
   return run(
     "import contextlib\n"
     f"with {outer or 'contextlib.nullcontext()'}:\n"
     "  try:\n"
     f"    with {inner}, peers.hurry(0.2):\n"
-    f"      raise jax.errors.JaxRuntimeError({text!r})\n"
-    "  except jax.errors.JaxRuntimeError:\n"
+    f"      {raising}\n"
+    "  except Exception:\n"
     f"    time.sleep({seconds})\n"
     "print('closed', file=sys.stderr)"
   )
@@ -203,9 +246,10 @@ def closing(text, seconds, *, outer="", inner="contextlib.nullcontext()"):
 
 def test_a_loss_does_not_wait_for_what_closes_the_run():
   watch = "peers.watch('process 1 of 2: ')"
-  code, err, _ = closing(GLOO, 60, outer=watch)
-  assert code == peers.EXIT_CODE and "closed" not in err
-  assert err.startswith("error: process 1 of 2: another process of this run")
+  for by_orbax in (False, True):
+    code, err, _ = closing(GLOO, 60, outer=watch, by_orbax=by_orbax)
+    assert code == peers.EXIT_CODE and "closed" not in err
+    assert err.startswith("error: process 1 of 2: another process of this run")
   # Another error; a caller who handles it; a program that is not ours.
   for found in (
     closing(OTHERS[0], 1, outer=watch),

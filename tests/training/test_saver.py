@@ -1,0 +1,166 @@
+"""A save that fails in one process, and what orbax asks JAX."""
+
+import threading
+
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from dpc_jax.training import checkpoint, saver
+from tests.training import processes, saving_processes
+
+# Far above what it takes, far below any limit on a barrier.
+SOON_S = saving_processes.HEARTBEAT_TIMEOUT_S / 2
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+  return checkpoint.Checkpoints(tmp_path, keep=1)
+
+
+def save(checkpoints, step):
+  checkpoints.save(step, {"x": np.float32(step)}, {}, {})
+
+
+@pytest.mark.parametrize(("victim", "saves"), [(0, 1), (1, 2)])
+def test_a_full_disk_of_one_process(tmp_path, victim, saves):
+  """It says so, and the other, which waits to commit, learns by its end."""
+  saving_processes.make_case(tmp_path, victim, saves)
+  started = processes.start("tests.training.saving_processes", 2, tmp_path)
+  try:
+    codes = [p.wait(SOON_S) for p in started]
+  finally:
+    for p in started:
+      p.kill()
+      p.wait()
+  said = processes.output(tmp_path)
+  assert codes == [3, 3], said
+  lines = [text.strip().splitlines()[-1] for text in said]
+  assert lines[victim].startswith(
+    f"error: process {victim}: a file: the disk is full; make space, and the"
+  )
+  assert lines[1 - victim].startswith(f"error: process {1 - victim}: ")
+  assert "another process" in lines[1 - victim]
+  assert "Traceback" not in "".join(said)
+
+
+def ends_in_time(call):
+  """The error that a call raises in a thread, or None; it must not hang."""
+  errors = []
+
+  def run():
+    try:
+      call()
+    except Exception as error:
+      errors.append(error)
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  thread.join(20)
+  assert not thread.is_alive()
+  return errors[0] if errors else None
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_barrier_that_fails_is_no_save_under_way(checkpoints, again):
+  """orbax's own sign of that stays as it was."""
+  tracker = checkpoints._manager._save_progress_tracker
+  change = tracker.set
+
+  def fail(value):
+    if not value:
+      raise TimeoutError("at a barrier")
+    change(value)
+
+  tracker.set = fail
+  save(checkpoints, 1)
+
+  def go_on():
+    if again:
+      save(checkpoints, 2)
+    checkpoints.wait()
+
+  assert "at a barrier" in str(ends_in_time(go_on))
+  assert checkpoints._manager.is_saving_in_progress()
+  ends_in_time(checkpoints.close)
+
+
+class TestTheBarrier:
+  @pytest.fixture
+  def reached(self, checkpoints):
+    keys = []
+    checkpoints._manager._wait = lambda key, timeout_ms: keys.append(key)
+    return keys
+
+  def wait(self, checkpoints, error=None):
+    """As orbax does, on the way out of what raised an error."""
+    try:
+      if error is not None:
+        raise error
+    finally:
+      checkpoints._manager._wait_for_all(key="all", timeout_ms=1)
+
+  def test_is_waited_at(self, checkpoints, reached):
+    assert ends_in_time(lambda: self.wait(checkpoints)) is None
+    assert reached == ["all"]
+
+  def test_is_left_out_after_an_error(self, checkpoints, reached):
+    error = OSError(28, "No space left on device")
+    assert ends_in_time(lambda: self.wait(checkpoints, error)) is error
+    assert reached == []
+
+  def test_an_error_of_the_caller_is_none_of_the_save(
+    self, checkpoints, reached
+  ):
+    try:
+      raise KeyError
+    except KeyError:
+      save(checkpoints, 1)
+    checkpoints.close()
+    # The sign that a save is under way is set, and taken back.
+    assert len(reached) == 4
+
+  def test_has_a_limit(self, checkpoints):
+    options = checkpoints._manager._options.async_options
+    manager = checkpoints._manager._checkpointer._async_manager
+    assert options.timeout_secs == manager._timeout_secs == saver.TIMEOUT_S
+    assert saver.TIMEOUT_S <= 600
+
+
+def test_an_error_of_the_checksums_leaves_the_next_save(
+  checkpoints, monkeypatch
+):
+  """It is raised, and what is under way by then is whole."""
+  failed = threading.Event()
+  write = checkpoint.checksums.write
+
+  def fail_late(folder):
+    if folder.name != "1":
+      return write(folder)
+    failed.wait()
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(checkpoint.checksums, "write", fail_late)
+  save(checkpoints, 1)
+  threading.Timer(0.5, failed.set).start()
+  with pytest.raises(OSError, match="No space left"):
+    save(checkpoints, 2)
+  checkpoints.close()
+  names = [p.name for p in checkpoints._folder.iterdir()]
+  assert names == ["2"]
+  assert checkpoint.checksums.exist(checkpoints._folder / "2")
+
+
+def test_orbax_does_not_ask_whether_to_stop(checkpoints, monkeypatch):
+  """JAX keeps the step of who asked last, which is the loop."""
+  asked = []
+
+  def ask(step):
+    asked.append(step)
+    return False
+
+  monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", ask)
+  for step in (1, 2):
+    save(checkpoints, step)
+  checkpoints.close()
+  assert asked == []
