@@ -54,8 +54,11 @@ def is_positive(value: float) -> bool:
 
 def check_choice(config: Any, name: str, known: tuple[Any, ...]) -> None:
   """Raises ConfigError unless the field is one of `known`."""
-  listed = ", ".join("none" if k is None else str(k) for k in known)
-  check(config, name, _value(config, name) in known, f"use one of {listed}")
+  named = [str(k) for k in known if k is not None]
+  one_of = "one of " if len(named) > 1 else ""
+  out = ", or leave it out" if None in known else ""
+  remedy = f"use {one_of}{', '.join(named)}{out}"
+  check(config, name, _value(config, name) in known, remedy)
 
 
 def _value(config, name):

@@ -223,16 +223,23 @@ def claim_workdir(config: Any, workdir: pathlib.Path) -> None:
 
   Raises:
     ConfigError: the workdir holds a run of another config, or one without
-      `config.json`, or cannot be written.
+      `config.json`, or is new and cannot be written.
+    TransientError: it holds this run, not finished, and cannot be written now.
   """
   path = workdir / "config.json"
   try:
-    if workdir.is_dir() and not os.access(workdir, os.W_OK):
+    is_locked = workdir.is_dir() and not os.access(workdir, os.W_OK)
+    if path.exists():
+      _check_claim(config, workdir, path.read_bytes())
+      if is_locked and not (workdir / "summary.json").exists():
+        raise checks.TransientError(
+          f"workdir = {workdir}: holds this run, and cannot be written; mend"
+          " that, and the same command goes on from the last save"
+        )
+    elif is_locked:
       raise ConfigError(
         f"workdir = {workdir}: cannot be written; use another workdir"
       )
-    if path.exists():
-      _check_claim(config, workdir, path.read_bytes())
     elif (workdir / "checkpoints").exists():
       raise ConfigError(
         f"workdir = {workdir}: holds checkpoints, but config.json is missing;"

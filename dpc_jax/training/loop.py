@@ -107,7 +107,9 @@ class _Run:
         f" {config.data.name}; accuracies and perplexities mean nothing"
       )
     environment = summary_lib.environment(parts.mesh)
-    self.progress.note(f"compiling for {environment['device']}")
+    unused = jax.device_count() - parts.mesh.devices.size
+    left = f", {unused} of all devices left out" if unused else ""
+    self.progress.note(f"compiling for {environment['device']}{left}")
     self.programs = build.compile_programs(parts)
     self.progress.note(f"compiled in {self.programs.seconds:.1f} s")
     self.checkpoints = checkpoint.Checkpoints(

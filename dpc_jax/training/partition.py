@@ -85,7 +85,7 @@ def partition(
     checks.fail(
       "mesh.rules",
       pattern.pattern,
-      "no parameter meets this rule first; remove it",
+      "no parameter meets this rule first; correct or remove it",
     )
   _check_used(preset, specs, sizes)
   return specs
@@ -208,7 +208,10 @@ def _is_entry(entry) -> bool:
 def _check_fit(pattern, path, shape, spec, sizes) -> None:
   if len(spec) > len(shape):
     checks.fail(
-      "mesh.rules", pattern, f"{len(spec)} entries for {path} of shape {shape}"
+      "mesh.rules",
+      pattern,
+      f"{len(spec)} entries for {path} of shape {shape}; use {len(shape)}, or"
+      " fewer",
     )
   for size, entry in zip(shape, spec, strict=False):
     parts = int(np.prod([sizes[name] for name in _axes_of(entry)]))
@@ -216,7 +219,8 @@ def _check_fit(pattern, path, shape, spec, sizes) -> None:
       checks.fail(
         "mesh.rules",
         pattern,
-        f"{path} has shape {shape}, and {size} is no multiple of {parts}",
+        f"{path} has shape {shape}, and {size} is no multiple of {parts}; split"
+        " another axis, or none",
       )
 
 

@@ -46,7 +46,7 @@ def make_mesh(
     checks.fail(
       "mesh.data",
       sizes[0],
-      f"there are {available} devices, and {text} is more; {remedy}, or leave"
+      f"{_devices(available)}, and {text} is more; {remedy}, or leave"
       " it out for all",
     )
   if count != available and jax.process_count() > 1:
@@ -63,6 +63,10 @@ def make_mesh(
   return mesh
 
 
+def _devices(count) -> str:
+  return f"there are {count} devices" if count > 1 else "there is 1 device"
+
+
 def _fill(sizes, available) -> tuple[int, ...]:
   """The sizes, None replaced by the rest of the devices."""
   for axis, size in zip(AXES, sizes, strict=True):
@@ -70,7 +74,7 @@ def _fill(sizes, available) -> tuple[int, ...]:
       checks.fail(
         f"mesh.{axis}",
         size,
-        f"there are {available} devices; use 1..{available}, or leave it out",
+        f"{_devices(available)}; use 1..{available}, or leave it out",
       )
   open_axes = [a for a, s in zip(AXES, sizes, strict=True) if s is None]
   given = math.prod(s for s in sizes if s is not None)

@@ -9,6 +9,10 @@
 # are 75.
 set -u
 
+if [[ $# -lt 2 || $1 == -* ]]; then
+  echo "usage: attempt.sh WORKDIR COMMAND [ARGUMENTS]" >&2
+  exit 2
+fi
 workdir=$1
 shift
 told=0

@@ -2,12 +2,14 @@
 
   python -m experiments.launch.scale
 
-Prints a table in Markdown. Nothing is trained, read or downloaded: models and
+Prints a table in Markdown; it has no flags: `estimate` sizes other runs, in
+Python. Nothing is trained, read or downloaded: models and
 optimizers are evaluated abstractly, from the recipes as they are but for the
 batch. README.md beside this file says what the rows mean and leave out.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -373,10 +375,19 @@ def _range(pair: tuple[float, float], scale: float) -> str:
   return " to ".join(f"{x:,.0f}" if x >= 100 else f"{x:g}" for x in rounded)
 
 
-def main() -> None:
-  """Prints the table."""
+def main(arguments: Sequence[str]) -> int:
+  """Prints the table; the exit code, 2 of any flag but --help."""
+  if arguments in (["--help"], ["-h"]):
+    print(__doc__)
+    return 0
+  if arguments:
+    print(
+      f"error: {arguments[0]}: there are no flags; see --help", file=sys.stderr
+    )
+    return 2
   print(table(cases()))
+  return 0
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(main(sys.argv[1:]))

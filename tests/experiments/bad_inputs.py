@@ -54,7 +54,7 @@ checkpoint_every=0 -> config.checkpoint_every = 0: must be at least 1
 keep_checkpoints=0 -> config.keep_checkpoints = 0: must be at least 1
 seed=-1 -> config.seed = -1: must be in 0..2^32-1
 seed=4294967296 -> config.seed = 4294967296: must be in 0..2^32-1
-matmul_precision=tf32 -> config.matmul_precision = 'tf32': use one of none, def
+matmul_precision=tf32 -> config.matmul_precision = 'tf32': use one of default
 """
 _TYPES = """
 steps=1.5 -> --config.steps=1.5: must be an integer
@@ -131,7 +131,7 @@ precision.weights=1 -> precision.weights = 1: must be in 2..16, or 32 for float
 precision.weights=17 -> precision.weights = 17: must be in 2..16, or 32 for floa
 precision.activations=33 -> precision.activations = 33: must be in 2..16, or 32
 precision.gradients=1 -> precision.gradients = 1: must be in 2..16, or 32 for fl
-precision.storage_bits=4 -> config.precision.storage_bits = 4: use one of none
+precision.storage_bits=4 -> config.precision.storage_bits = 4: use 8, or
 precision.storage_bits=8 precision.b_max=9 -> a width of 9 (weights) does not fi
 precision.storage_bits=8 precision.activations=32 -> a width of 32 (activations)
 precision.storage_bits=8 precision.method=static16 -> a width of 16 (weights) do
@@ -140,7 +140,7 @@ precision.delta=2 -> config.precision: delta=2.0 is out of range; use a value in
 precision.delta=nan -> config.precision: delta=nan is out of range; use a value
 precision.center=medain -> center='medain' is unknown; use one of median, mean
 precision.log_form=ln -> log_form='ln' is unknown; use one of base, product
-precision.bounds=manual -> config.precision.bounds = 'manual': use one of none
+precision.bounds=manual -> config.precision.bounds = 'manual': use auto, or
 precision.bounds=auto precision.bounds_step=99999 -> bounds_step = 99999: must c
 precision.tau_min=0 -> config.precision.tau_min = 0.0: must be in (0, 1]
 precision.tau_max=inf -> config.precision.tau_max = inf: must be in (0, 1]
@@ -186,7 +186,7 @@ mesh.data=3 -> config.batch_size = 64: must be a multiple of the 3 devices
 mesh.fsdp=0 -> config.mesh.fsdp = 0: there are 8 devices; use 1..8
 mesh.fsdp=16 -> mesh.fsdp = 16 ... 8 devices are no multiple of 16; use
 mesh.tensor=-1 -> config.mesh.tensor = -1: there are 8 devices; use 1..8
-mesh.sharding=zero3 -> config.mesh.sharding = 'zero3': use one of none, replicat
+mesh.sharding=zero3 -> config.mesh.sharding = 'zero3': use one of replica
 mesh.rules=abc -> config.mesh.rules = 'abc': a rule is (pattern
 """
 _FLAGS = """

@@ -381,6 +381,13 @@ def test_attempt(command, finished, wanted, home):
   assert run(home, "attempt.sh", *arguments) == (wanted, "", "")
 
 
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("WORKDIR",)])
+def test_attempt_without_a_command_is_none_to_try_again(arguments, home):
+  code, out, err = run(home, "attempt.sh", *arguments)
+  assert (code, out) == (2, "")
+  assert err.startswith("usage: attempt.sh WORKDIR COMMAND")
+
+
 @pytest.mark.parametrize("name", ["tpu_vm.sh", "slurm.sbatch", "jobset.yaml"])
 def test_every_placeholder_is_explained(name):
   text = (LAUNCH / name).read_text()

@@ -11,6 +11,17 @@ from configs import digits_resnet8
 from dpc_jax.training import build
 from experiments.launch import scale
 
+
+def test_it_has_no_flags(capsys):
+  assert scale.main(["--chips=8"]) == 2
+  assert capsys.readouterr() == (
+    "",
+    "error: --chips=8: there are no flags; see --help\n",
+  )
+  assert scale.main(["--help"]) == 0
+  assert capsys.readouterr().out.startswith("What two recipes")
+
+
 README = pathlib.Path(scale.__file__).parent / "README.md"
 
 

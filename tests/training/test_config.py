@@ -55,7 +55,7 @@ MISTAKES = [
   ({"keep_checkpoints": 0}, "config.keep_checkpoints = 0: must be at least"),
   (
     {"matmul_precision": "best"},
-    "config.matmul_precision = 'best': use one of none, default, high, highest",
+    "config.matmul_precision = 'best': use one of default, high, hi",
   ),
   ({"data.name": "mnist"}, "data.name='mnist' is unknown; choose one of cifar"),
   ({"data.name": "CIFAR-10"}, "did you mean 'cifar10'? choose one of cifar10,"),
@@ -113,7 +113,7 @@ MISTAKES = [
   ),
   (
     {"precision.storage_bits": 4},
-    "config.precision.storage_bits = 4: use one of none, 8",
+    "config.precision.storage_bits = 4: use 8, or leave it out",
   ),
   (
     {"precision.storage_bits": 8, "precision.b_max": 9},
@@ -129,7 +129,7 @@ MISTAKES = [
   ),
   (
     {"precision.bounds": "found"},
-    "config.precision.bounds = 'found': use one of none, auto",
+    "config.precision.bounds = 'found': use auto, or leave it out",
   ),
   (
     {"precision.bounds_step": -1},
@@ -239,7 +239,10 @@ MISTAKES = [
   ({"mesh.fsdp": 9}, "config.mesh.data = 1: there are 8 devices, and data 1"),
   ({"mesh.tensor": 0}, "config.mesh.tensor = 0: there are 8 devices; use 1.."),
   ({"mesh.tensor": 2}, "config.mesh.tensor = 2: splits no parameter"),
-  ({"mesh.sharding": "fdsp"}, "config.mesh.sharding = 'fdsp': use one of none"),
+  (
+    {"mesh.sharding": "fdsp"},
+    "config.mesh.sharding = 'fdsp': use one of replicated, fsdp",
+  ),
   ({"mesh.rules": (("x", ()),)}, "config.mesh.rules = 'x': no parameter meets"),
 ]
 

@@ -109,7 +109,7 @@ def test_the_first_rule_that_matches_decides():
     ((("none/.*", ()),), "'none/.*': no parameter meets this rule first"),
     (
       ((".*/kernel", ()), ("conv/kernel", ("fsdp",))),
-      "'conv/kernel': no parameter meets this rule first; remove it",
+      "'conv/kernel': no parameter meets this rule first; correct or remove it",
     ),
     (((".*bias", ("data",)),), "no axis 'data'; use fsdp or tensor"),
     (((".*bias", ("fsdp", "tensor")),), "2 entries for small/bias of shape"),
@@ -121,7 +121,7 @@ def test_the_first_rule_that_matches_decides():
     ((("(", ()),), "'(': no regular expression"),
     (
       ((".*/kernel", ()), (".*/kernel", ())),
-      "'.*/kernel': no parameter meets this rule first; remove it",
+      "'.*/kernel': no parameter meets this rule first; correct or remove it",
     ),
     (((".*bias", (3,)),), "a rule is (pattern, (an axis or None, ...))"),
     ((["fsdp"],), "a rule is (pattern, (an axis or None, ...))"),

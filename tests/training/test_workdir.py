@@ -78,6 +78,37 @@ def test_a_finished_run_is_told(folder):
       pass
 
 
+def test_a_folder_that_is_read_only(folder, monkeypatch):
+  """A new one is a mistake, one of this run may be mended, a finished one read.
+
+  By the answer alone: root may write anywhere.
+  """
+  config = tiny.make_config()
+  folder.mkdir()
+  mended = os.access
+  monkeypatch.setattr(workdir.config_lib.os, "access", lambda *_: False)
+
+  def error():
+    with (
+      pytest.raises(checks.ConfigError) as caught,
+      workdir.held(config, folder),
+    ):
+      pass
+    return caught.value
+
+  assert str(error()).endswith("cannot be written; use another workdir")
+  assert not isinstance(error(), checks.TransientError)
+  monkeypatch.setattr(workdir.config_lib.os, "access", mended)
+  with workdir.held(config, folder):
+    pass
+  monkeypatch.setattr(workdir.config_lib.os, "access", lambda *_: False)
+  assert isinstance(error(), checks.TransientError)
+  assert str(error()).startswith(f"workdir = {folder}: holds this run, and")
+  (folder / "summary.json").write_text('{"steps": 3}')
+  with workdir.held(config, folder) as done:
+    assert done == {"steps": 3}
+
+
 def test_a_run_that_ends_as_another_starts_is_told(folder, monkeypatch):
   def lock(file, how):
     (folder / "summary.json").write_text('{"steps": 3}')
