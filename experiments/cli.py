@@ -12,7 +12,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpc_jax.data import prepared
-from dpc_jax.training import checks, distributed, loop, peers, rendezvous
+from dpc_jax.training import (
+  checks,
+  distributed,
+  loop,
+  peers,
+  rendezvous,
+  saver,
+)
 from dpc_jax.training import config as config_lib
 from experiments import mistakes
 
@@ -121,7 +128,7 @@ def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
       who = f"{distributed.name(found)}: "
       # Before anything asks JAX for devices.
       distributed.join(found, FLAGS.join_timeout)
-    with peers.watch(who, is_quiet=not debug):
+    with peers.watch(who, is_quiet=not debug), saver.orderly_errors():
       return main() or 0
   except checks.TransientError as error:
     # The absent are not waited for; that a folder is busy, all hear.

@@ -6,17 +6,15 @@ a flipped byte without a word). Before a restore the files are held against it.
 Only then older checkpoints go, so that a run of checkpoints with checksums
 never is without one. A run killed between the two leaves a checkpoint without
 checksums; so did older programs. Its files are complete, as orbax renames the
-folder last, so it is used if orbax can read it, and a line says that nothing
-vouches for its bytes.
+folder last, so it is used if process 0 (see `unsealed`) and then orbax can read
+it, and a line says that nothing vouches for its bytes.
 
 All processes of a run go by what process 0 sees of the folder: on a disk over a
 network the others may see what was there a while ago.
 """
 
 import dataclasses
-import errno
 import functools
-import os
 import pathlib
 import shutil
 import threading
@@ -34,15 +32,13 @@ from dpc_jax.training import (
   fit,
   peers,
   saver,
+  unsealed,
 )
 
 DAMAGED = "damaged_checkpoints"
 # orbax's end of the name of a folder that is not whole.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _AWAY = "move it out of that folder, and the one before it is used"
-# Of a file that is gone, or another thing in its place: damage. Any other
-# error of the system tells of the disk, and the file may be as it should.
-_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 class Checkpoints:
@@ -240,7 +236,7 @@ class Checkpoints:
     self._manager._checkpoints.delete_if(lambda info: info.step not in steps)
 
   def _examine(self, step: int) -> tuple[str | None, bool]:
-    """(what is wrong by the checksums, whether there are any)."""
+    """(what is wrong with its files, whether there are checksums)."""
     folder = self._folder / str(step)
     problem = checksums.problem(folder)
     # Only now its `about` can be trusted.
@@ -250,7 +246,10 @@ class Checkpoints:
         f" and this dpc_jax reads formats up to {about.FORMAT}; use a newer"
         " dpc_jax, or another workdir"
       )
-    return problem, checksums.exist(folder)
+    is_sealed = checksums.exist(folder)
+    if problem is None and not is_sealed:
+      problem = unsealed.problem(folder)
+    return problem, is_sealed
 
   def _try(self, step, abstract, is_sealed):
     """((state, host), None), or (None, what is wrong) in the one process.
@@ -272,12 +271,10 @@ class Checkpoints:
       lost = jax.errors.JaxRuntimeError(str(error))
       if peers.explain(lost) is not None:
         raise lost from error
-      refusal = peers.system_error(error)
-      if refusal is not None and refusal.errno not in _MISSING:
-        name = refusal.filename or str(self._folder / str(step))
-        said = os.strerror(refusal.errno)
-        raise OSError(refusal.errno, said, name) from error
-      problem = f"orbax cannot read it: {' '.join(str(error).split())[:200]}"
+      refusal = unsealed.refusal(error, self._folder / str(step))
+      if refusal is not None:
+        raise refusal from error
+      problem = f"orbax cannot read it: {unsealed.text(error)}"
       if jax.process_count() == 1:
         return None, problem
       raise checks.ConfigError(

@@ -1,8 +1,11 @@
 """orbax's manager of checkpoints, as a run of several processes needs it."""
 
+import asyncio
+import contextlib
 import pathlib
 import sys
 import threading
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -36,7 +39,12 @@ class Manager(ocp.CheckpointManager):
       options=ocp.CheckpointManagerOptions(
         create=True,
         async_options=ocp.AsyncOptions(
-          timeout_secs=TIMEOUT_S, barrier_sync_fn=self._wait_for_all
+          timeout_secs=TIMEOUT_S,
+          barrier_sync_fn=self._wait_for_all,
+          # Else one thread makes the folders, and others wait for it. If the
+          # disk lets it make none, they wait on for 300 s, and so does Python
+          # on its way out.
+          create_directories_asynchronously=False,
         ),
       ),
       item_handlers={
@@ -68,3 +76,44 @@ class Manager(ocp.CheckpointManager):
     if error is not None and threading.get_ident() != self._saver:
       raise error
     self._wait(key=key, timeout_ms=timeout_ms)
+
+
+def _run_to_the_end(coroutine: Coroutine[Any, Any, Any]) -> Any:
+  """Runs it in a new event loop, and after an error all that it began.
+
+  orbax closes the loop at the first array that it cannot write or read. Each of
+  the others then has a traceback when it is done, in the midst of what follows.
+  """
+  loop = asyncio.new_event_loop()
+  try:
+    asyncio.set_event_loop(loop)
+    try:
+      return loop.run_until_complete(coroutine)
+    except Exception:
+      others = asyncio.gather(*asyncio.all_tasks(loop), return_exceptions=True)
+      loop.run_until_complete(others)
+      raise
+  finally:
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
+@contextlib.contextmanager
+def orderly_errors() -> Iterator[None]:
+  """In it, an error of orbax's does not leave others behind that speak later.
+
+  orbax has no option for it, so one of its private functions is another one
+  meanwhile, if this orbax has it; the command line does so, and the package
+  itself changes nothing.
+  """
+  name = "_run_sync_via_new_loop"
+  module = sys.modules.get("orbax.checkpoint._src.asyncio_utils")
+  if not hasattr(module, name):
+    yield
+    return
+  former = getattr(module, name)
+  setattr(module, name, _run_to_the_end)
+  try:
+    yield
+  finally:
+    setattr(module, name, former)

@@ -21,18 +21,26 @@ GRACE_S = 0.5
 
 
 def make_case(workdir: pathlib.Path, victim: int, saves: int) -> None:
-  """`victim` has no disk for the first of so many saves."""
+  """`victim` has no disk for the first of so many saves; 0: for its folder."""
   case = {"victim": victim, "saves": saves}
   (workdir / "case.json").write_text(json.dumps(case))
 
 
-def fill_disk(checkpoints: checkpoint.Checkpoints, index: int) -> None:
+def fill_disk(
+  checkpoints: checkpoint.Checkpoints, index: int, saves: int
+) -> None:
   """Process 0 can write all but the last file; another one not its arrays."""
   checkpointer = checkpoints._manager._checkpointer
 
   def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device", "a file")
 
+  async def full_at_once(*args, **kwargs):
+    full()
+
+  if saves == 0:
+    checkpointer.create_temporary_path = full_at_once
+    return
   if index == 0:
     checkpointer._save_step_metadata = full
     return
@@ -56,8 +64,8 @@ def save(workdir: pathlib.Path, index: int) -> None:
   checkpoints = checkpoint.Checkpoints(workdir, keep=1)
   with contextlib.closing(checkpoints), peers.hurry(GRACE_S):
     if index == case["victim"]:
-      fill_disk(checkpoints, index)
-    for step in range(case["saves"]):
+      fill_disk(checkpoints, index, case["saves"])
+    for step in range(max(case["saves"], 1)):
       checkpoints.save(step, {"x": state + step}, {}, {})
       # The steps between; by then the one knows that its disk is full.
       jax.block_until_ready(state + step)

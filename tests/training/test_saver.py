@@ -1,10 +1,15 @@
 """A save that fails in one process, and what orbax asks JAX."""
 
+import asyncio
+import gc
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src import asyncio_utils
 
 from dpc_jax.training import checkpoint, saver
 from tests.training import processes, saving_processes
@@ -22,7 +27,8 @@ def save(checkpoints, step):
   checkpoints.save(step, {"x": np.float32(step)}, {}, {})
 
 
-@pytest.mark.parametrize(("victim", "saves"), [(0, 1), (1, 2)])
+# Where there is no room for the folder, for its last file, for the arrays.
+@pytest.mark.parametrize(("victim", "saves"), [(0, 0), (0, 1), (1, 2)])
 def test_a_full_disk_of_one_process(tmp_path, victim, saves):
   """It says so, and the other, which waits to commit, learns by its end."""
   saving_processes.make_case(tmp_path, victim, saves)
@@ -42,6 +48,35 @@ def test_a_full_disk_of_one_process(tmp_path, victim, saves):
   assert lines[1 - victim].startswith(f"error: process {1 - victim}: ")
   assert "another process" in lines[1 - victim]
   assert "Traceback" not in "".join(said)
+
+
+def test_without_a_folder_the_program_ends(tmp_path):
+  """No thread of orbax waits for it, as Python would wait for the thread."""
+  code = (
+    "import pathlib, shutil, sys\n"
+    "import jax, numpy as np\n"
+    "jax.config.update('jax_platforms', 'cpu')\n"
+    "from dpc_jax.training import checkpoint, peers\n"
+    "workdir = pathlib.Path(sys.argv[1])\n"
+    "with peers.watch():\n"
+    "  checkpoints = checkpoint.Checkpoints(workdir, keep=1)\n"
+    "  checkpoints.save(1, {'x': jax.numpy.ones(3)}, {}, {})\n"
+    "  checkpoints.wait()\n"
+    "  shutil.rmtree(workdir / 'checkpoints')\n"
+    "  (workdir / 'checkpoints').write_text('')\n"
+    "  try:\n"
+    "    checkpoints.save(2, {'x': jax.numpy.ones(3)}, {}, {})\n"
+    "    checkpoints.wait()\n"
+    "  except OSError as error:\n"
+    "    sys.exit(type(error).__name__)\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code, str(tmp_path)],
+    capture_output=True,
+    text=True,
+    timeout=SOON_S,
+  )
+  assert (done.returncode, done.stderr) == (1, "NotADirectoryError\n")
 
 
 def ends_in_time(call):
@@ -83,6 +118,28 @@ def test_a_barrier_that_fails_is_no_save_under_way(checkpoints, again):
   assert "at a barrier" in str(ends_in_time(go_on))
   assert checkpoints._manager.is_saving_in_progress()
   ends_in_time(checkpoints.close)
+
+
+def test_after_an_error_the_rest_comes_to_its_end(caplog):
+  """In orbax's event loop, before that is closed, and nothing is said."""
+  ended = []
+
+  async def fail(seconds):
+    await asyncio.sleep(seconds)
+    ended.append(seconds)
+    raise OSError(f"after {seconds}")
+
+  async def all_fail():
+    await asyncio.gather(*map(fail, (0, 0.1, 0.2)))
+
+  with (
+    saver.orderly_errors(),
+    pytest.raises(OSError, match=r"after 0$"),
+  ):
+    asyncio_utils.run_sync(all_fail())
+  gc.collect()
+  assert ended == [0, 0.1, 0.2]
+  assert caplog.records == []
 
 
 class TestTheBarrier:
