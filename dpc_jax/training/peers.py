@@ -210,20 +210,25 @@ def watch(who: str = "", is_quiet: bool = True) -> Iterator[None]:
   Args:
     who: this process in words, to begin the line with: "process 0 of 2: ".
     is_quiet: errors that the threads of orbax log with a traceback are not
-      shown: they are raised, too.
+      shown: they are raised, too. After an error they stay hidden, until the
+      next `watch`: a save that failed may have threads that are not done.
   """
   watched = _Watch(who)
   loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-  with contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as stack, contextlib.ExitStack() as shown:
     if jax.distributed.is_initialized():
       stack.callback(_end_aborts(watched))
-    if is_quiet:
-      for logger in loggers:
+    for logger in loggers:
+      logger.removeFilter(_is_shown)
+      if is_quiet:
         logger.addFilter(_is_shown)
-        stack.callback(logger.removeFilter, _is_shown)
+        shown.callback(logger.removeFilter, _is_shown)
     _watches.append(watched)
     try:
       yield
+    except Exception:
+      shown.pop_all()
+      raise
     finally:
       _watches.remove(watched)
       if watched.timer is not None:

@@ -230,13 +230,13 @@ def _arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
   import jax  # this and orbax take seconds, and most of a campaign is waiting
   import orbax.checkpoint as ocp
 
-  checkpointer = ocp.PyTreeCheckpointer()
-  shapes = checkpointer.metadata(folder).item_metadata.tree
-  arrays = checkpointer.restore(
-    folder,
-    restore_args=jax.tree.map(
-      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes
-    ),
+  handler = ocp.PyTreeCheckpointHandler()
+  as_numpy = jax.tree.map(
+    lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+    handler.metadata(folder).tree,
+  )
+  arrays = handler.restore(
+    folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
   )
   return {
     f"state{jax.tree_util.keystr(path)}": np.asarray(array)

@@ -281,11 +281,14 @@ def test_tracebacks_that_orbax_logs_are_left_out(name, caplog):
     fail(logger, "ours", TypeError("no"))
     logger.error("a word")
     raise KeyError
-  fail(logger, "after it", error)
+  fail(logger, "of a thread that outlives the save", error)
   with peers.watch(is_quiet=False):
     fail(logger, "to debug", error)
+  with peers.watch():
+    pass
+  fail(logger, "after all is well", error)
   said = [r.getMessage() for r in caplog.records]
-  assert said == ["ours", "a word", "after it", "to debug"]
+  assert said == ["ours", "a word", "to debug", "after all is well"]
 
 
 def test_one_process_leaves_by_itself():
