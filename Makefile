@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	  --methods=static8,dpc --workdir=runs/demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

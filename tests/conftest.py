@@ -29,6 +29,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # On GPUs float32 products default to TF32, which no tolerance here allows.
 jax.config.update("jax_default_matmul_precision", "highest")
 
+# Files of minutes, the longest first: at the end one would run alone.
+FIRST = (
+  "experiments/test_configs.py",
+  "training/test_topologies.py",
+  "experiments/test_faults.py",
+  "training/test_two_processes.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Puts the long files first, for `--dist loadfile` to share out."""
+
+  def place(item):
+    name = item.path.relative_to(ROOT / "tests").as_posix()
+    return FIRST.index(name) if name in FIRST else len(FIRST)
+
+  items.sort(key=place)
+
 
 @pytest.fixture
 def fast_compiler():

@@ -122,8 +122,16 @@ def test_the_full_recipe_builds_on_data_like_its_own(name):
   assert end < 0.011 * peak
 
 
+# CIFAR-100's differ from CIFAR-10's in the classifier: one of them is enough.
+TRAINED = [
+  name
+  for name in RECIPES
+  if not name.startswith("cifar100_") or name == "cifar100_resnet38"
+]
+
+
 @pytest.mark.usefixtures("fast_compiler")
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_the_smoke_variant_trains_saves_goes_on_and_evaluates(
   name, tmp_path, monkeypatch
 ):
