@@ -9,16 +9,13 @@ does not keep the others from running. Several commands may share a workdir: a
 run that another one is at is left to it. When all is done, a command that names
 all methods writes the joint report.
 
-Beside the runs: `report.md`, `pareto.png`, `bits.png`, and all summaries and
-statistics in `results.json`.
+Beside the runs: `report.html`, one file for a browser; `report.md`; the
+pictures as PNG and SVG; and all summaries and statistics in `results.json`.
+`experiments.report` writes them anew without training.
 """
 
 import copy
-import dataclasses
-import functools
-import json
 import math
-import os
 import pathlib
 import shlex
 import sys
@@ -29,12 +26,12 @@ from typing import Any, NamedTuple
 import ml_collections
 from absl import flags
 
-from dpc_jax.analysis import comparison, plots, report
+from dpc_jax.analysis import comparison, report
 from dpc_jax.data import prepared
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import loop, methods, termination
 from dpc_jax.training import workdir as workdir_lib
-from experiments import cli
+from experiments import cli, reporting
 
 _METHODS = flags.DEFINE_list(
   "methods",
@@ -166,7 +163,7 @@ def train(
 
 
 def _folder(workdir: pathlib.Path, cell: Cell) -> pathlib.Path:
-  return workdir / cell.method / f"seed{cell.seed}"
+  return reporting.folder(workdir, cell.method, cell.seed)
 
 
 def _is_finished(folder: pathlib.Path) -> bool:
@@ -204,81 +201,21 @@ def _report(
   workdir: pathlib.Path,
 ) -> None:
   """Writes the report, the pictures and the figures; prints the short table."""
-  b_max = cli.FLAGS.config.precision.b_max
   command = " ".join(
     ["python -m experiments.compare", *map(shlex.quote, sys.argv[1:])]
   )
-  runs = {method: by_seed for method, by_seed in runs.items() if by_seed}
-  result = comparison.compare(runs, b_max=b_max)
-  _draw_bits(runs, workdir / "bits.png")
-  _draw_pareto(result, workdir / "pareto.png")
-  text = report.comparison(result, runs, command=command, failures=failures)
-  _write(workdir / "report.md", lambda path: path.write_text(text))
-  figures = {
-    "command": command,
-    "runs": runs,
-    "failures": [dataclasses.asdict(failure) for failure in failures],
-    "statistics": dataclasses.asdict(result),
-  }
-  text_of_figures = json.dumps(figures, indent=2, allow_nan=False) + "\n"
-  _write(
-    workdir / "results.json", lambda path: path.write_text(text_of_figures)
+  result = reporting.write_comparison(
+    runs,
+    failures,
+    workdir,
+    b_max=cli.FLAGS.config.precision.b_max,
+    command=command,
   )
+  runs = {method: by_seed for method, by_seed in runs.items() if by_seed}
   first = next(iter(next(iter(runs.values())).values()))
   print(f"\n{first['model']} on {first['dataset']}, {first['steps']} steps\n")
   print(report.short(result) + "\n")
-  _print_paths(workdir, runs)
-
-
-def _draw_bits(runs, path) -> None:
-  """The widths of every method's first seed."""
-  first = {method: by_seed[min(by_seed)] for method, by_seed in runs.items()}
-  layers = next(iter(first.values()))["layers"]
-  capacities = {
-    name: cost["weights"]
-    for name, cost in layers.items()
-    if any(name in run["bits"] for run in first.values())
-  }
-  if capacities:
-    bits = {method: run["bits"] for method, run in first.items()}
-    _write(path, functools.partial(plots.bits_per_layer, bits, capacities))
-
-
-def _draw_pareto(result: comparison.Comparison, path: pathlib.Path) -> None:
-  points = {
-    m.method: (m.relative_to_static, m.final.mean, m.final.low, m.final.high)
-    for m in result.methods
-  }
-  draw = functools.partial(
-    plots.pareto,
-    points,
-    result.frontier,
-    metric=f"final test {result.metric}",
-    unit=f"static {result.b_max}/{result.b_max}",
-  )
-  _write(path, draw)
-
-
-def _write(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-  """Whole or not at all, whatever another process writes there."""
-  temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-  try:
-    write(temporary)
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def _print_paths(workdir, runs) -> None:
-  print("written:")
-  for name, what in (
-    ("report.md", "the comparison, layer by layer"),
-    ("pareto.png", "test metric and cost of the methods"),
-    ("bits.png", "bits and N_k per layer"),
-    ("results.json", "the summaries of the runs, and the statistics"),
-  ):
-    if (workdir / name).exists():
-      print(f"  {workdir / name}  {what}")
+  print("\n".join(reporting.written(workdir)))
   for method in runs:
     print(
       f"  {workdir / method}/seed*/  metrics.jsonl, bits.jsonl, checkpoints/,"

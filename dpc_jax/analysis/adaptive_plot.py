@@ -7,10 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from dpc_jax.analysis import pictures
+
 # z beyond it is drawn as it.
 _LARGEST_SIGNAL = 1.5
 # Up to so many layers have their names on the axis.
 _NAMED_LAYERS = 40
+# Of one map, in inches.
+_TALLEST = 8.0
+# Of the marks of moves, which no color of the map may hide.
+_LOOK = {"color": "black", "markeredgecolor": "white", "markersize": 7}
 
 
 def bits_over_time(
@@ -21,22 +27,20 @@ def bits_over_time(
 ) -> None:
   """Draws z and the weights' bits of every layer against the step.
 
-  Two maps of layers (rows) and decisions (columns): z in colors from stable to
-  noisy, with a triangle where the layer gained or lost a bit, empty where a
-  budget took it; and the bits.
+  Two maps of layers (rows) and decisions (columns): z, in nats, in colors from
+  stable to noisy, blank where it is not known, with a triangle where the layer
+  gained or lost a bit, a cross where a budget took it; and the bits.
 
   Args:
     signals: lines of `signals.jsonl`.
     moves: lines of `bits.jsonl`, those of step 0 included.
     layers: paths in the network's order; others are left out. Stacked layers
       are drawn one by one.
-    path: the picture to write, PNG or SVG by its suffix.
+    path: the PNG to write; the SVG lies beside it.
 
   Raises:
     ValueError: no signals, or no first widths.
   """
-  from matplotlib.figure import Figure  # late and local, as in `plots`
-
   if not signals:
     raise ValueError("signals: none; the run has taken no decision yet")
   first = {
@@ -55,24 +59,53 @@ def bits_over_time(
     [[_at(line["signals"][layer], i) for line in signals] for layer, i in rows]
   )
   bits = np.array([_bits(layer, i, first, moves, steps) for layer, i in rows])
-  figure = Figure(
-    figsize=(10.0, max(2.6, 0.24 * len(rows) + 1.4)), layout="constrained"
-  )
-  left, right = figure.subplots(1, 2, sharey=True)
+  _draw(rows, steps, z, bits, moves, path)
+
+
+def _draw(rows, steps, z, bits, moves, path) -> None:
+  from matplotlib.figure import Figure  # late and local, as in `plots`
+
+  room = 0.2 if len(rows) <= _NAMED_LAYERS else 0.04
+  height = max(1.6, min(_TALLEST, room * len(rows)))
+  figure = Figure(figsize=(5.8, 2 * height + 1.5), layout="constrained")
+  top, bottom = figure.subplots(2, 1, sharex=True)
   _draw_map(
     figure,
-    left,
+    top,
     z,
     steps,
     {"cmap": "PuOr_r", "vmin": -_LARGEST_SIGNAL, "vmax": _LARGEST_SIGNAL},
-    "z, nats: stable < 0 < noisy",
+    "z: stable < 0 < noisy",
   )
-  _draw_moves(left, rows, moves, steps)
+  _draw_moves(top, rows, moves, steps)
+  _explain_moves(figure)
   ends = {"vmin": bits.min() - 0.5, "vmax": bits.max() + 0.5}
-  _draw_map(figure, right, bits, steps, ends, "bits of the weights")
-  _write_bits(right, bits)
-  _name_rows(left, rows)
-  figure.savefig(path, dpi=150)
+  _draw_map(figure, bottom, bits, steps, ends, "bits of the weights")
+  _write_bits(bottom, bits)
+  bottom.set_xlabel("step")
+  for axis in (top, bottom):
+    _name_rows(axis, rows)
+  pictures.save(figure, path, dpi=200)
+
+
+def _explain_moves(figure) -> None:
+  from matplotlib.lines import Line2D
+
+  texts = {
+    "^": "gains a bit",
+    "v": "loses a bit",
+    "X": "gives one to the budget",
+  }
+  figure.legend(
+    [Line2D([], [], linestyle="", marker=marker, **_LOOK) for marker in texts],
+    texts.values(),
+    loc="outside upper center",
+    ncols=3,
+    frameon=False,
+    fontsize=9,
+    handletextpad=0.1,
+    columnspacing=1.2,
+  )
 
 
 def _name_rows(axis, rows) -> None:
@@ -80,7 +113,7 @@ def _name_rows(axis, rows) -> None:
     axis.set_ylabel("layer, from input to output")
     return
   names = [layer if i is None else f"{layer}[{i}]" for layer, i in rows]
-  axis.set_yticks(range(len(rows)), names, fontsize=8)
+  axis.set_yticks(range(len(rows)), names, fontsize=9)
 
 
 def _places(width):
@@ -116,10 +149,11 @@ def _is_forced(reason, i) -> bool:
 
 def _draw_map(figure, axis, values, steps, colors, label) -> None:
   image = axis.imshow(values, aspect="auto", interpolation="nearest", **colors)
-  figure.colorbar(image, ax=axis, label=label)
-  every = max(1, len(steps) // 6)
+  bar = figure.colorbar(image, ax=axis, label=label)
+  if np.issubdtype(values.dtype, np.integer):
+    bar.set_ticks(range(values.min(), values.max() + 1))
+  every = max(1, -(-len(steps) // 7))
   axis.set_xticks(range(0, len(steps), every), steps[::every])
-  axis.set_xlabel("step")
 
 
 def _draw_moves(axis, rows, moves, steps) -> None:
@@ -134,10 +168,8 @@ def _draw_moves(axis, rows, moves, steps) -> None:
       axis.plot(
         steps.index(line["step"]),
         row,
-        marker="^" if new > old else "v",
-        color="none" if forced else "black",
-        markeredgecolor="black",
-        markersize=5,
+        marker="X" if forced else "^" if new > old else "v",
+        **_LOOK,
       )
 
 
@@ -155,6 +187,6 @@ def _write_bits(axis, bits) -> None:
           str(int(width)),
           ha="center",
           va="center",
-          fontsize=7,
+          fontsize=9,
           color="black" if width > middle else "white",
         )

@@ -1,5 +1,6 @@
 """How figures of runs are written in a table; a dash stands for none."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -72,3 +73,19 @@ def distinct(texts: Iterable[str]) -> str:
 def widths(bits: Sequence[Any] | None) -> str:
   """Weights/activations/gradients; None is a layer in float."""
   return "float" if bits is None else "/".join(str(width) for width in bits)
+
+
+def code(text: str) -> str:
+  """Any text as Markdown code, on one line; nothing in it means anything."""
+  text = " ".join(text.split())
+  longest = max(map(len, re.findall("`+", text)), default=0)
+  fence = "`" * (longest + 1)
+  pad = " " if text.startswith("`") or text.endswith("`") else ""
+  return f"{fence}{pad}{text}{pad}{fence}" if text else "-"
+
+
+def plain(text: str) -> str:
+  """Any text as Markdown text, on one line; nothing in it means anything."""
+  text = " ".join(text.split())
+  # Within a word an underscore means nothing.
+  return re.sub(r"[\\`*\[\]<>&#~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpc_jax.analysis import labels
+from dpc_jax.analysis import labels, pictures
 
 # Okabe and Ito's colors, in the order in which they stay apart best.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -32,7 +32,7 @@ def bits_per_layer(
       without a layer, such as a float one, shows nothing there. Lists of
       widths, of stacked layers, are drawn one by one.
     capacities: {layer path: N_k}, in the network's order.
-    path: the PNG to write.
+    path: the PNG to write; the SVG lies beside it.
   """
   # Late and local: `import dpc_jax` must not load matplotlib, and a figure of
   # its own leaves the user's backend alone.
@@ -40,16 +40,15 @@ def bits_per_layer(
 
   names, sizes = _unstacked(capacities, runs)
   x = np.arange(len(names))
+  room = max(0.34, 0.075 * len(runs))  # of a layer, in inches
   figure = Figure(
-    figsize=(max(6.0, min(14.0, 0.34 * len(x) + 2.5)), 4.8),
+    figsize=(max(6.0, min(14.0, room * len(x) + 2.5)), 4.8),
     layout="constrained",
   )
-  top, bottom = figure.subplots(
-    2, 1, sharex=True, height_ratios=(3, 2), squeeze=True
-  )
+  top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
   widest = 0
   # Labels that share a width would hide each other: shift them sideways.
-  shift = min(0.16, 0.8 / len(runs))
+  shift = min(0.24, 0.8 / len(runs))
   shifts = shift * (np.arange(len(runs)) - (len(runs) - 1) / 2)
   for i, (label, bits) in enumerate(runs.items()):
     widths = np.array([_width(bits, name) for name in names])
@@ -60,7 +59,7 @@ def bits_per_layer(
       x + shifts[i],
       widths,
       linestyle="none",
-      **_look(i),
+      **look(i),
       markersize=7 if len(x) <= _NAMED_LAYERS and len(runs) <= 6 else 4,
       label=label,
     )
@@ -79,10 +78,10 @@ def bits_per_layer(
     bottom.set_xlabel("layer, from input to output")
   for axis in (top, bottom):
     axis.spines[["top", "right"]].set_visible(False)
-  figure.savefig(path, dpi=150)
+  pictures.save(figure, path)
 
 
-def _look(i):
+def look(i: int) -> dict[str, str]:
   """Color and marker of the i-th run; a color comes again with another one."""
   return {
     "color": COLORS[i % len(COLORS)],
@@ -132,6 +131,7 @@ def pareto(
   *,
   metric: str,
   unit: str = "static 8/8",
+  highest: float | None = None,
 ) -> None:
   """Draws a test metric against cost, each method with its name beside it.
 
@@ -144,9 +144,11 @@ def pareto(
     points: {method: (cost, mean, low, high)}, at least one: cost in `unit`,
       and the ends of the mean's interval, None where there is none.
     frontier: the methods that no other one beats.
-    path: the PNG to write.
+    path: the PNG to write; the SVG lies beside it.
     metric: names the vertical axis.
     unit: of the cost.
+    highest: the metric's largest value, 1 for an accuracy: an interval is cut
+      there; None has none.
   """
   from matplotlib.figure import Figure
 
@@ -164,9 +166,11 @@ def pareto(
   x = dict(
     zip(near, _apart([point[0] for point in near.values()]), strict=True)
   )
-  _draw_methods(axis, near, frontier, x)
+  looks = {k: look(i) for i, k in enumerate(points)}
+  _draw_methods(axis, near, frontier, x, looks)
   for _, mean, _, _ in far.values():
     axis.axhline(mean, color="#777777", linestyle=":", linewidth=1.5)
+  _end(axis, highest)
   figure.draw_without_rendering()
   # The names must not move what they were placed around.
   figure.set_layout_engine("none")
@@ -179,7 +183,14 @@ def pareto(
     for k, (cost, mean, _, _) in far.items()
   }
   labels.place(axis, anchors, _obstacles(axis, near, far, x, frontier))
-  figure.savefig(path, dpi=200)
+  pictures.save(figure, path, dpi=200)
+
+
+def _end(axis, highest):
+  """Cuts the axis just above a metric's largest value."""
+  if highest is not None:
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(top=min(top, highest + 0.04 * (highest - bottom)))
 
 
 def _apart(costs):
@@ -196,16 +207,16 @@ def _apart(costs):
   return places.tolist()
 
 
-def _draw_methods(axis, points, frontier, x):
-  for i, (label, (_, mean, low, high)) in enumerate(points.items()):
-    look = _look(i)
-    color = look["color"]
+def _draw_methods(axis, points, frontier, x, looks):
+  for label, (_, mean, low, high) in points.items():
+    shape = looks[label]
+    color = shape["color"]
     if low is not None:
       axis.plot([x[label]] * 2, [low, high], "_-", color=color, ms=7, lw=1.3)
     axis.plot(
       x[label],
       mean,
-      **look,
+      **shape,
       markerfacecolor=color if label in frontier else "white",
       markeredgewidth=1.6,
       markersize=8,
@@ -260,7 +271,7 @@ def similarity_per_width(
       widths.
     thresholds: tau_min and tau_max.
     bounds: B_min and B_max; None draws none, where no width was enough.
-    path: the PNG to write.
+    path: the PNG to write; the SVG lies beside it.
   """
   from matplotlib import ticker
   from matplotlib.figure import Figure
@@ -291,7 +302,7 @@ def similarity_per_width(
   axis.grid(axis="y", alpha=0.3)
   axis.spines[["top", "right"]].set_visible(False)
   figure.legend(loc="outside upper center", ncols=3, frameon=False)
-  figure.savefig(path, dpi=150)
+  pictures.save(figure, path)
 
 
 def _draw_bounds(axis, thresholds, bounds, lowest, last):

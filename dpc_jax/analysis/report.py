@@ -1,10 +1,9 @@
 """Tables and a Markdown report of a grid of finished runs."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpc_jax.analysis import cells
+from dpc_jax.analysis import cells, layer_tables, phrases
 from dpc_jax.analysis import comparison as comparison_lib
 
 _ABOUT_PARETO = (
@@ -12,13 +11,6 @@ _ABOUT_PARETO = (
   " where there are several. Filled points are on the frontier: no other method"
   " is at least as good and as cheap. Points of almost equal cost stand side by"
   " side."
-)
-_LEFT_OUT = (
-  "BitOPs count the multiply-accumulates of convolutions, dense layers and"
-  " attention products; normalization, activation functions, embedding"
-  " look-ups, the optimizer and the quantizer itself are left out."
-  " Quantization is simulated in float32, so seconds say nothing about integer"
-  " hardware."
 )
 
 
@@ -40,7 +32,10 @@ def text_table(table: Sequence[Sequence[str]], header: Sequence[str]) -> str:
 def markdown_table(
   table: Sequence[Sequence[str]], header: Sequence[str]
 ) -> str:
-  """The same as a Markdown table."""
+  """The same as a Markdown table; a bar within a cell stays a bar."""
+  header, *table = (
+    [cell.replace("|", "\\|") for cell in line] for line in (header, *table)
+  )
   lines = [
     "| " + " | ".join(header) + " |",
     "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|",
@@ -86,6 +81,7 @@ def comparison(
   *,
   command: str,
   failures: Sequence[comparison_lib.Failure] = (),
+  pictures: Mapping[str, str] | None = None,
 ) -> str:
   """A Markdown report of a grid: one model on one data set.
 
@@ -94,9 +90,15 @@ def comparison(
     runs: {method: {seed: summary}}, at least one run.
     command: what was typed.
     failures: the cells that did not finish.
+    pictures: {file: what it shows} of those drawn besides `pareto.png` and, of
+      a grid with any quantized layer, `bits.png`: files that begin with
+      "curves" and with "moves".
   """
   summaries = [run for by_seed in runs.values() for run in by_seed.values()]
-  picture = ["![Bits and weights per layer](bits.png)", ""]
+  first = {
+    method: by_seed[min(by_seed)] for method, by_seed in runs.items() if by_seed
+  }
+  pictures = pictures or {}
   return "\n".join(
     [
       *_what_ran(summaries, command, failures),
@@ -111,13 +113,11 @@ def comparison(
       _ABOUT_PARETO,
       "",
       *_differences(result),
+      *_training(result, pictures),
+      *phrases.moves(pictures),
       "## Layers",
       "",
-      *(picture if any(run["bits"] for run in summaries) else []),
-      markdown_table(*_layers(runs)),
-      "",
-      _about_layers(runs),
-      "",
+      *_layers(first, result.b_max),
       *_failed(failures),
       "## Limits",
       "",
@@ -127,22 +127,45 @@ def comparison(
   )
 
 
+def _training(result, pictures) -> list[str]:
+  drawn = phrases.show(pictures, "curves")
+  if not drawn:
+    return []
+  about = phrases.ABOUT_CURVES + (
+    "" if _one_seed(result) else phrases.ABOUT_BANDS
+  )
+  return ["## Training", "", *drawn, "", about, ""]
+
+
+def _layers(first, b_max) -> list[str]:
+  """Sizes, widths and costs, of every method's first seed."""
+  picture = ["![Bits and weights per layer](bits.png)", ""]
+  return [
+    *(picture if any(map(layer_tables.has_widths, first.values())) else []),
+    markdown_table(*layer_tables.widths(first)),
+    "",
+    "Bits are weights/activations/gradients at the end of the run"
+    f" ({cells.seeds(sorted({run['seed'] for run in first.values()}))}).",
+    "",
+    markdown_table(*layer_tables.costs(first, b_max)),
+    "",
+    layer_tables.ABOUT_COST,
+    "",
+  ]
+
+
 def _what_ran(summaries, command, failures) -> list[str]:
   run = summaries[0]
   seeds = sorted(
     {s["seed"] for s in summaries} | {failure.seed for failure in failures}
   )
-  devices = cells.distinct(s["device"] for s in summaries)
-  versions = cells.distinct(
-    ", ".join(f"{k} {v}" for k, v in s["versions"].items()) for s in summaries
-  )
   return [
-    f"# {run['model']} on {run['dataset']}",
+    phrases.title(run),
     "",
-    f"`{command}`",
+    cells.code(command),
     "",
-    f"{run['steps']:,} steps per run; {cells.seeds(seeds)}; on {devices};"
-    f" {versions}.",
+    f"{run['steps']:,} steps per run; {cells.seeds(seeds)};"
+    f" {phrases.environment(summaries)}.",
     "",
   ]
 
@@ -293,37 +316,10 @@ def _how_to_read(result) -> str:
   )
 
 
-def _layers(runs):
-  first = {
-    method: by_seed[min(by_seed)] for method, by_seed in runs.items() if by_seed
-  }
-  columns = ("layer", "N_k", "MACs", *(f"bits, {method}" for method in first))
-  table = [
-    (
-      f"`{path}`",
-      f"{cost['weights']:,}",
-      f"{cost['macs']:,}",
-      *(cells.widths(run["bits"].get(path)) for run in first.values()),
-    )
-    for path, cost in next(iter(first.values()))["layers"].items()
-  ]
-  return table, columns
-
-
-def _about_layers(runs) -> str:
-  seeds = sorted({min(by_seed) for by_seed in runs.values() if by_seed})
-  return (
-    "Bits are weights/activations/gradients at the end of the run"
-    f" ({cells.seeds(seeds)})."
-  )
-
-
 def _failed(failures) -> list[str]:
   if not failures:
     return []
-  table = [
-    (f.method, str(f.seed), f.message.replace("|", "\\|")) for f in failures
-  ]
+  table = [(f.method, str(f.seed), cells.code(f.message)) for f in failures]
   return [
     "## Failed runs",
     "",
@@ -348,16 +344,11 @@ def _limits(result, summaries: Sequence[Mapping[str, Any]]) -> str:
       " looks at the same runs; Holm's correction holds within a table, not"
       " across them. "
     )
-  examples = summaries[0].get("test_examples")
-  if result.metric == "accuracy" and examples:
-    p = result.methods[0].final.mean
-    error = math.sqrt(max(p * (1 - p), 0) / examples)
-    text += (
-      f"The test set has {examples:,} examples: an accuracy of {p:.4f} has a"
-      f" binomial standard error of {error:.4f} from the choice of these"
-      " examples, which no number of seeds makes smaller. "
-    )
-  return text + _LEFT_OUT
+  final = result.methods[0].final.mean
+  text += phrases.binomial(
+    final, result.metric, summaries[0].get("test_examples")
+  )
+  return text + phrases.LEFT_OUT
 
 
 def _by_reference(result, measure):

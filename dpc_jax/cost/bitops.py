@@ -115,6 +115,12 @@ def bitops(
   Raises:
     ValueError: a path in `bits` that is not in `costs`, widths outside 2..16
       and 32, or widths that do not fit the stacked layers.
+
+  Example:
+    >>> costs = {"hidden": LayerCost(macs=16_384, weights=16_384)}
+    >>> cost = bitops(costs, 4)  # 4 bits, and 8 of the gradient
+    >>> cost.forward, cost.total
+    (262144, 1310720)
   """
   bits = {} if bits is None else bits
   if not isinstance(bits, Mapping):

@@ -71,6 +71,11 @@ def layer_costs(
     ValueError: no array among the inputs; the products of a layer do not
       divide by the batch; a product sits in a loop whose length is not known,
       in a Pallas kernel or in a `shard_map`; a layer has widths but no product.
+
+  Example:
+    >>> image = jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")
+    >>> layer_costs(nn.Conv(16, (3, 3)), image)
+    {'': LayerCost(macs=27648, weights=432, layers=1)}
   """
   arrays, arguments = _abstract((inputs, kwargs))
   if not arrays:

@@ -90,6 +90,11 @@ def create(
   Raises:
     ValueError: an unknown name or size, a size below 1, one that is no integer
       where the model counts, or one that the model's name sets.
+
+  Example:
+    >>> model = create("resnet8", num_classes=10, width=4)
+    >>> model.blocks, model.width
+    (1, 4)
   """
   constructor = _constructor(name)
   # Modules are hashed.

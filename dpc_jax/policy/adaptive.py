@@ -85,6 +85,10 @@ def adaptive(
 
   Raises:
     ValueError: naming the parameter that is out of its range.
+
+  Example:
+    >>> adaptive(3, 8, steps=1_000, steps_per_epoch=50).needs
+    ('statistics',)
   """
   rule = adaptive_rule.Rule(
     warmup, patience, threshold, freeze, rebase, signal, direction, budget

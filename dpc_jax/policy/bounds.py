@@ -103,6 +103,14 @@ def precision_bounds(
     ValueError: a threshold out of its range, or one that no width reaches
       (naming the best width and its similarity); and as
       `cosine_similarities`.
+
+  Example:
+    >>> import dpc_jax as dpc
+    >>> kernel = np.random.RandomState(0).randn(64, 16)
+    >>> variables = {"params": {"hidden": {"kernel": kernel}}}
+    >>> bounds = dpc.precision_bounds(variables)
+    >>> bounds.b_min, bounds.b_max
+    (3, 7)
   """
   check_thresholds(tau_min, tau_max)
   cosine = cosine_similarities(variables, widths=widths, grid=grid)

@@ -36,6 +36,12 @@ def layer_capacities(variables: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: there is no collection `params`, or a layer has parameters or
       the one running range of a kernel's input but no kernel, or its kernel
       does not divide into its stacked layers.
+
+  Example:
+    >>> import dpc_jax as dpc
+    >>> hidden = {"kernel": np.zeros((64, 256)), "bias": np.zeros(256)}
+    >>> dpc.layer_capacities({"params": {"hidden": hidden}})
+    {'hidden': 16384}
   """
   return {
     path: _capacity(path, layer) for path, layer in layers(variables).items()

@@ -87,6 +87,13 @@ def uniform(
 
   Raises:
     ValueError: naming the parameter that is out of its range.
+
+  Example:
+    >>> macs = {"stem": 27_648, "conv": 147_456, "last": 147_456}
+    >>> even = uniform(3, 8, macs=macs)
+    >>> state = even.init({"stem": 432, "conv": 9_216, "last": 36_864})
+    >>> {path: int(layer.weights) for path, layer in state.bits.items()}
+    {'stem': 5, 'conv': 6, 'last': 6}
   """
   return _matched(
     np.zeros_like,
@@ -131,6 +138,13 @@ def reversed_dpc(
 
   Raises:
     ValueError: naming the parameter that is out of its range.
+
+  Example:
+    >>> macs = {"stem": 27_648, "conv": 147_456, "last": 147_456}
+    >>> rising = reversed_dpc(3, 8, macs=macs)
+    >>> state = rising.init({"stem": 432, "conv": 9_216, "last": 36_864})
+    >>> {path: int(layer.weights) for path, layer in state.bits.items()}
+    {'stem': 3, 'conv': 6, 'last': 6}
   """
 
   def rising(counts: np.ndarray) -> np.ndarray:
@@ -181,6 +195,13 @@ def random_layerwise(
 
   Raises:
     ValueError: naming the parameter that is out of its range.
+
+  Example:
+    >>> macs = {f"layer{i}": 9_216 for i in range(20)}
+    >>> drawn = random_layerwise(3, 8, macs=macs, seed=1).init(macs)
+    >>> equal = schedule.fixed(schedule.by_equation(3, 8)).init(macs)
+    >>> round(relative_cost(drawn.bits, equal.bits, macs), 2)
+    1.0
   """
   if not _is_int(seed) or seed < 0:
     raise ValueError(f"seed={seed!r} is out of range; use an int >= 0")

@@ -83,6 +83,13 @@ def cyclic(
 
   Raises:
     ValueError: naming the parameter that is out of its range.
+
+  Example:
+    >>> one = cyclic(3, 8, steps=8, cycles=1)
+    >>> state = one.init({"conv": 9_216})
+    >>> bits = (one.update(state, step=step)[0] for step in range(10))
+    >>> [int(b["conv"].weights) for b in bits]
+    [3, 3, 4, 5, 6, 6, 7, 8, 3, 3]
   """
   equation.check_arguments(b_min, b_max)
   period = _period(steps, cycles)
@@ -136,6 +143,11 @@ def cyclic_dpc(
 
   Raises:
     ValueError: naming the parameter that is out of its range.
+
+  Example:
+    >>> state = cyclic_dpc(3, 8, steps=64).init({"stem": 432, "last": 36_864})
+    >>> {path: int(high.weights) for path, high in state.high.items()}
+    {'stem': 8, 'last': 6}
   """
   choose = schedule.by_equation(
     b_min,

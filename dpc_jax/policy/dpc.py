@@ -8,6 +8,13 @@ multiplied by the same number. `log_form="product"` is the literal natural
 logarithm of r * N_k / N~; it is not the default because it leaves the bounds
 in most layers (on ResNet-38 with bounds 3 and 8), so that the clip and not the
 formula decides there.
+
+    >>> import dpc_jax as dpc
+    >>> capacities = {"stem": 432, "conv": 9_216, "last": 36_864}
+    >>> dpc.dpc_bit_widths(capacities, 3, 8)
+    {'stem': 8, 'conv': 6, 'last': 5}
+    >>> dpc.dpc_bit_widths(capacities, 3, 8, center="log_midpoint")
+    {'stem': 8, 'conv': 5, 'last': 3}
 """
 
 import numbers

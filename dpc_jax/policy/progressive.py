@@ -112,6 +112,10 @@ def progressive(
   Raises:
     ValueError: naming the parameter that is out of its range, or an entry whose
       own width another parameter would overrule.
+
+  Example:
+    >>> progressive((3, 5, 8), steps_per_epoch=50).needs
+    ('loss',)
   """
   operands = schedule.operand_widths(weights, activations, gradients)
   entries = _entries(bits, operands)

@@ -47,6 +47,13 @@ def constant(
 
   Raises:
     ValueError: a width outside 2..16 and not 32.
+
+  Example:
+    >>> schedule = constant({"hidden": 4, "head": 32})
+    >>> state = schedule.init({"hidden": 16_384, "head": 2_560})
+    >>> bits, state = schedule.update(state, step=0)
+    >>> {path: int(layer.weights) for path, layer in bits.items()}
+    {'hidden': 4, 'head': 32}
   """
   if not isinstance(bits, Mapping):
     widths = grids.as_layer_bits(bits)
@@ -102,6 +109,13 @@ def dpc(
 
   Raises:
     ValueError: naming the parameter that is out of its range.
+
+  Example:
+    >>> schedule = dpc(3, 8)
+    >>> state = schedule.init({"stem": 432, "conv": 9_216, "last": 36_864})
+    >>> bits, state = schedule.update(state, step=0)
+    >>> {path: [int(b) for b in layer] for path, layer in bits.items()}
+    {'stem': [8, 8, 8], 'conv': [6, 6, 8], 'last': [5, 5, 8]}
   """
   choose = by_equation(
     b_min,

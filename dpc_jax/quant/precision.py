@@ -52,6 +52,13 @@ def assign_bits(
   Raises:
     ValueError: an unknown path, a missing layer, a width outside 2..16 and
       32, or a shape that does not fit, named.
+
+  Example:
+    >>> import dpc_jax as dpc
+    >>> variables = dpc.QuantDense(2).init(jax.random.key(0), jnp.ones((1, 3)))
+    >>> variables = dpc.assign_bits(variables, 4)
+    >>> [int(width) for width in dpc.layer_bits(variables)[""]]
+    [4, 4, 8]
   """
   collection = _collection(variables)
   paths = [path for path, _ in _layers(collection)]

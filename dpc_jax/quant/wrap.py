@@ -56,6 +56,12 @@ def quantize(
   Warns:
     UserWarning: in `init`, once, listing layers with a kernel of a kind that
       it cannot quantize (`nn.ConvTranspose`, for instance).
+
+  Example:
+    >>> import jax
+    >>> model = quantize(nn.Dense(2))
+    >>> sorted(model.init(jax.random.key(0), jax.numpy.ones((1, 3))))
+    ['params', 'precision', 'quant_stats']
   """
   if not isinstance(module, nn.Module):
     raise ValueError(

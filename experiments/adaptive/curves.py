@@ -3,7 +3,7 @@ r"""Draws what adaptive runs decided by, and the bits they gave.
   python -m experiments.adaptive.curves RUN [RUN ...]
 
 RUN is a workdir of `experiments.train` or `experiments.compare`; the picture is
-RUN/adaptive.png.
+RUN/adaptive.png, and RUN/adaptive.svg.
 """
 
 import json

@@ -70,7 +70,7 @@ def test_moves_are_drawn_where_they_happen():
   rows = [("blocks", 0), ("blocks", 1), ("a", None)]
   adaptive_plot._draw_moves(Axis(), rows, MOVES, [10, 20, 30])
   assert drawn == [
-    (1, 0, "v", "none"),
+    (1, 0, "X", "black"),
     (1, 2, "^", "black"),
     (2, 2, "v", "black"),
   ]
@@ -80,6 +80,18 @@ def test_signals_are_drawn(tmp_path):
   whole = draw(tmp_path / "whole.png")
   calm = [{**s, "signals": {**s["signals"], "a": 0.0}} for s in SIGNALS]
   assert np.any(whole != draw(tmp_path / "calm.png", signals=calm))
+
+
+def test_bits_have_whole_numbers_on_their_scale(monkeypatch):
+  figures = []
+  monkeypatch.setattr(
+    adaptive_plot.pictures, "save", lambda f, path, dpi: figures.append(f)
+  )
+  adaptive_plot.bits_over_time(SIGNALS, MOVES, ("blocks", "a"), "x.png")
+  (scale,) = (
+    axis for axis in figures[0].axes if axis.get_ylabel().startswith("bits")
+  )
+  np.testing.assert_array_equal(scale.get_yticks(), [3, 4, 5, 6])
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path):

@@ -169,6 +169,22 @@ def test_pareto_bars_are_the_intervals(tmp_path):
   assert heights[2] < 40  # the marker alone
 
 
+def test_pareto_ends_at_the_largest_value(tmp_path):
+  # The middle bar reaches 1; the left one would go on to 1.9.
+  points = {
+    "wide": (0.5, 0.9, 0.0, 1.9),
+    "exact": (0.7, 0.95, 0.0, 1.0),
+  }
+  heights = []
+  for highest in (None, 1.0):
+    path = tmp_path / f"{highest}.png"
+    plots.pareto(points, [], path, metric="accuracy", highest=highest)
+    wide, exact = (np.ptp(pixels(path, c)[:, 0]) for c in plots.COLORS[:2])
+    heights.append(wide / exact)
+  assert heights[0] == pytest.approx(1.9, rel=0.03)
+  assert heights[1] == pytest.approx(1.04, abs=0.03)
+
+
 def test_pareto_moves_equal_costs_apart_and_keeps_their_order():
   places = plots._apart([0.7, 1.0, 0.699, 0.701])
   assert np.all(np.diff([places[i] for i in (2, 0, 3)]) > 0.008)
@@ -185,7 +201,8 @@ def test_pareto_draws_a_far_method_as_a_line(tmp_path):
     "dpc": (0.7, 0.91, 0.90, 0.92),
   }
   plots.pareto(points, ["float"], path, metric="accuracy")
-  static8, dpc = (centers(path, c) for c in plots.COLORS[:2])
+  # The others keep the colors that they have in the other pictures.
+  static8, dpc = (centers(path, c) for c in plots.COLORS[1:3])
   # The axis belongs to the two others.
   with Image.open(path) as image:
     assert (static8 - dpc)[0] > image.width / 3
@@ -205,5 +222,5 @@ def test_many_methods_share_no_color_and_marker(tmp_path):
   capacities = {"a": 9, "b": 4}
   runs = {f"m{i}": dict.fromkeys(capacities, (5, 5, 8)) for i in range(9)}
   plots.bits_per_layer(runs, capacities, tmp_path / "bits.png")
-  looks = {tuple(plots._look(i).values()) for i in range(36)}
+  looks = {tuple(plots.look(i).values()) for i in range(36)}
   assert len(looks) == 36

@@ -3,30 +3,9 @@
 import pytest
 
 from dpc_jax.analysis import cells, comparison, report
+from tests.analysis import summaries
 
-
-def summary(accuracy=0.98611, **changes):
-  return {
-    "model": "resnet8",
-    "dataset": "digits",
-    "seed": 3,
-    "steps": 449,
-    "metric": "accuracy",
-    "test_accuracy": accuracy,
-    "best_test_accuracy": accuracy + 0.001,
-    "gbitops": 2373.36,
-    "saving_vs_static": 0.4436,
-    "saving_vs_float": 0.9,
-    "mean_bits": 5.556,
-    "seconds": 4.6,
-    "device": "1 x cpu",
-    "versions": {"jax": "0.10.2"},
-    "bits": {"stem": [8, 8, 8]},
-    "layers": {
-      "stem": {"weights": 144, "macs": 9216, "layers": 1},
-      "classifier": {"weights": 640, "macs": 640, "layers": 1},
-    },
-  } | changes
+summary = summaries.summary
 
 
 def one(**methods):
@@ -122,8 +101,8 @@ def test_text_table_is_aligned():
 
 
 def test_markdown_table():
-  out = report.markdown_table([("a", "1")], ("name", "n"))
-  assert out.splitlines() == ["| name | n |", "|---|---:|", "| a | 1 |"]
+  out = report.markdown_table([("a|b", "1")], ("name", "n"))
+  assert out.splitlines() == ["| name | n |", "|---|---:|", "| a\\|b | 1 |"]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +120,11 @@ def test_markdown_table():
     "| `classifier` | 640 | 640 | float |",
     "One seed has no interval",
     "nothing is compared with it: static8, uniform.",
+    # 9216 * 3 * 64 and 640 * 3 * 1024 BitOPs; 8/8 is what it has.
+    "| `stem` | 1.77 |",
+    "| `classifier` | 1.97 |",
+    "| sum | 3.74 |",
+    "| sum / static 8/8 | 1.0000 |",
     "One run per method (seed 3): how much",
   ],
 )
@@ -188,7 +172,7 @@ def test_best_at_validation_is_not_called_optimistic():
 def test_failed_runs_are_listed():
   failure = comparison.Failure("cpt", 4, "the loss | is nan")
   out = text(one(dpc=summary()), failures=[failure])
-  assert "| cpt | 4 | the loss \\| is nan |" in out
+  assert "| cpt | 4 | `the loss \\| is nan` |" in out
   assert "seeds 3, 4;" in out
   assert "## Failed runs" not in text(one(dpc=summary()))
 
@@ -209,6 +193,29 @@ def test_every_method_has_its_own_column_of_bits():
 
 def test_float_alone_has_no_picture_of_bits():
   assert "bits.png" not in text(one(float=summary(bits={})))
+
+
+def test_curves_and_moves_have_their_parts_where_they_were_drawn():
+  pictures = {"curves.png": "by step", "curves_cost.png": "by cost"}
+  out = text(BETTER, pictures=pictures)
+  assert "![by step](curves.png)\n![by cost](curves_cost.png)\n" in out
+  assert "bands reach from the lowest to the highest" in out
+  assert "## Bits over time" not in out
+  out = text(one(dpc=summary()), pictures={"moves_a.png": "moves"})
+  assert "## Bits over time\n\n![moves](moves_a.png)\n" in out
+  assert "## Training" not in out and "bands" not in out
+
+
+def test_what_a_user_wrote_means_nothing_in_markdown():
+  run = summary(model="*bold*", dataset="<b>[x](y)", device="a_b _c_")
+  out = report.comparison(
+    comparison.compare(one(dpc=run), b_max=8),
+    one(dpc=run),
+    command="echo `date` | <script>",
+  )
+  assert out.startswith(r"# \*bold\* on \<b\>\[x\](y)" + "\n")
+  assert "\n``echo `date` | <script>``\n" in out
+  assert r"on a_b \_c\_;" in out
 
 
 def test_different_machines_are_all_named():

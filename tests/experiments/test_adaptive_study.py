@@ -7,6 +7,7 @@ import pytest
 
 from dpc_jax import models
 from dpc_jax.training import build, loop, metrics
+from experiments import report
 from experiments.adaptive import autocorrelation, curves
 from tests.training import tiny
 
@@ -67,7 +68,13 @@ def test_curves_of_a_run(tmp_path, capsys):
   capsys.readouterr()
   assert curves.main([str(tmp_path / "run")]) == 0
   assert (tmp_path / "run" / "adaptive.png").stat().st_size > 5_000
+  assert b"<svg" in (tmp_path / "run" / "adaptive.svg").read_bytes()
   assert capsys.readouterr().out.strip().endswith("adaptive.png")
+  # The run's report has the same picture.
+  assert report.main([f"--workdir={tmp_path / 'run'}"]) == 0
+  assert "moves.png" in capsys.readouterr().out
+  text = (tmp_path / "run" / "report.md").read_text()
+  assert "(moves.png)" in text and "(curves_cost.png)" in text
 
 
 def test_curves_of_what_is_no_adaptive_run(tmp_path, capsys):

@@ -10,6 +10,7 @@ from dpc_jax import models
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import loop, metrics, workdir
 from experiments import compare
+from tests.experiments import summaries
 from tests.training import tiny
 
 
@@ -55,35 +56,12 @@ def trained(monkeypatch):
       print(f"{workdir}: finished already")
     else:
       workdir.mkdir(parents=True, exist_ok=True)
-      path.write_text(json.dumps(made_up(*cell)))
+      path.write_text(json.dumps(summaries.made_up(*cell)))
     return json.loads(path.read_text())
 
   monkeypatch.setattr(loop, "train_and_evaluate", call)
   call.calls, call.fail = calls, fail
   return call
-
-
-def made_up(method, seed):
-  accuracy = 0.8 + 0.01 * seed + (0.001 * seed**2 if method == "dpc" else 0)
-  return {
-    "method": method,
-    "model": "tiny",
-    "dataset": "digits",
-    "seed": seed,
-    "steps": 3,
-    "metric": "accuracy",
-    "test_accuracy": accuracy,
-    "best_test_accuracy": accuracy,
-    "gbitops": 1.0,
-    "saving_vs_static": 0.0,
-    "saving_vs_float": 0.9,
-    "mean_bits": 8.0,
-    "seconds": 1.0,
-    "device": "1 x cpu",
-    "versions": {"jax": "0"},
-    "bits": {"first": [8, 8, 8]},
-    "layers": {"first": {"weights": 9, "macs": 9, "layers": 1}},
-  }
 
 
 def results(workdir):
@@ -97,17 +75,16 @@ def test_one_seed_of_two_methods(run, tmp_path):
   assert [line.split()[0] for line in table[2:4]] == ["static8", "dpc"]
   assert "0.0%" in table[2]
   assert "verdict" not in out and "±" not in out
-  for name in ("bits.png", "pareto.png", "report.md", "results.json"):
-    assert (tmp_path / name).exists()
-    assert str(tmp_path / name) in out
+  pictures = ("bits", "pareto", "curves", "curves_cost")
+  files = {"report.md", "report.html", "results.json"}
+  files |= {f"{name}.png" for name in pictures}
+  assert all(str(tmp_path / name) in out for name in files)
   runs = results(tmp_path)["runs"]
   assert runs["dpc"]["0"]["gbitops"] < runs["static8"]["0"]["gbitops"]
-  assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {
-    "bits.png",
-    "pareto.png",
-    "report.md",
-    "results.json",
-  }
+  files |= {f"{name}.svg" for name in pictures}
+  assert {p.name for p in tmp_path.iterdir() if p.is_file()} == files
+  page = (tmp_path / "report.html").read_text()
+  assert page.count("data:image/svg+xml;base64,") == len(pictures)
 
 
 def test_a_grid_of_two_methods_and_two_seeds(run, tmp_path):
@@ -177,7 +154,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
   first, last = err.splitlines()
   assert first == f"error: dpc, seed 0: {said}"
   assert last.startswith("error: 1 of 4 runs failed")
-  assert f"| dpc | 0 | {said} |" in (tmp_path / "report.md").read_text()
+  assert f"| dpc | 0 | `{said}` |" in (tmp_path / "report.md").read_text()
   held = results(tmp_path)
   assert held["failures"] == [{"method": "dpc", "seed": 0, "message": said}]
   assert held["statistics"]["against_static"][0]["seeds"] == [1]

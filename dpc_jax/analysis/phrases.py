@@ -1,0 +1,77 @@
+"""What the reports of a run and of a grid say in the same words."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpc_jax.analysis import cells
+
+ABOUT_CURVES = (
+  "Training loss is the mean since the line before, in the run's own"
+  " precision. Against cost, a step counts what its BitOPs are of a whole run"
+  " at the static widths."
+)
+ABOUT_BANDS = (
+  " Lines are means over seeds, bands reach from the lowest to the highest"
+  " seed."
+)
+ABOUT_MOVES = (
+  "Above: what the rule decided by, z, at every decision, in nats against the"
+  " other layers (below 0 the gradient is stable, above 0 noisy; blank: not"
+  " known). Below: the bits from that step on."
+)
+LEFT_OUT = (
+  "BitOPs count the multiply-accumulates of convolutions, dense layers and"
+  " attention products; normalization, activation functions, embedding"
+  " look-ups, the optimizer and the quantizer itself are left out."
+  " Quantization is simulated in float32, so seconds say nothing about integer"
+  " hardware."
+)
+
+
+def title(run: Mapping[str, Any], prefix: str = "") -> str:
+  """The heading of a report."""
+  names = f"{prefix}{run['model']} on {run['dataset']}"
+  return f"# {cells.plain(names)}"
+
+
+def environment(summaries: Sequence[Mapping[str, Any]]) -> str:
+  """On which devices, with which versions."""
+  devices = cells.distinct(s["device"] for s in summaries)
+  versions = cells.distinct(
+    ", ".join(f"{k} {v}" for k, v in s["versions"].items()) for s in summaries
+  )
+  return f"on {cells.plain(devices)}; {cells.plain(versions)}"
+
+
+def moves(pictures: Mapping[str, str]) -> list[str]:
+  """Lines of the part on bits that moved; [] without a picture of them.
+
+  Args:
+    pictures: {file: what it shows}; those that begin with "moves" are taken.
+  """
+  drawn = show(pictures, "moves")
+  if not drawn:
+    return []
+  return ["## Bits over time", "", *drawn, "", ABOUT_MOVES, ""]
+
+
+def show(pictures: Mapping[str, str], start: str) -> list[str]:
+  """Markdown of the pictures whose files begin with `start`."""
+  return [
+    f"![{cells.plain(what)}]({file})"
+    for file, what in pictures.items()
+    if file.startswith(start)
+  ]
+
+
+def binomial(mean: float, metric: str, examples: int | None) -> str:
+  """What the size of the test set leaves open; "" where that is not known."""
+  if metric != "accuracy" or not examples:
+    return ""
+  error = math.sqrt(max(mean * (1 - mean), 0) / examples)
+  return (
+    f"The test set has {examples:,} examples: an accuracy of {mean:.4f} has a"
+    f" binomial standard error of {error:.4f} from the choice of these"
+    " examples, which no number of seeds makes smaller. "
+  )
