@@ -24,9 +24,9 @@ from absl import flags
 from dpc_jax.analysis import plots, report
 from dpc_jax.policy import bounds, capacity
 from dpc_jax.quant import grids
-from dpc_jax.training import build, checkpoint, metrics, sharding
+from dpc_jax.training import build, metrics, sharding
 from dpc_jax.training import config as config_lib
-from experiments import cli
+from experiments import cli, saved
 
 # Layers that are printed one by one.
 _PRINTED = 40
@@ -184,24 +184,10 @@ def _restored(config: ml_collections.ConfigDict, run: pathlib.Path) -> Weights:
     layers = build.build(config, parts.data)
   else:
     layers = parts
-  key = jax.random.key(0)
-  shapes = jax.eval_shape(parts.init, key)
-  checkpoints = checkpoint.Checkpoints(run, parts.config.keep_checkpoints)
-  try:
-    step = checkpoints.latest_step()
-    if step is None:
-      raise config_lib.ConfigError(
-        f"--checkpoint={run}: no checkpoint there yet; wait for the first"
-      )
-    shardings = sharding.of_state(shapes, parts.mesh)
-    state, _ = checkpoints.restore(
-      step, checkpoint.abstract_state(shapes, shardings)
-    )
-  finally:
-    checkpoints.close()
-  collections = jax.eval_shape(layers.init, key).model_state
+  step, state = saved.restore(run, parts, f"--checkpoint={run}")
+  abstract = jax.eval_shape(layers.init, jax.random.key(0))
   return Weights(
-    {"params": state.params, **collections},
+    {"params": state.params, **abstract.model_state},
     f"checkpoint of step {step} in {run}",
     parts,
   )
@@ -211,19 +197,8 @@ def _config_of(
   config: ml_collections.ConfigDict, run: pathlib.Path
 ) -> ml_collections.ConfigDict:
   """The run's own config, which must be of the same model and data set."""
-  path = run / "config.json"
-  if not path.is_file() or not (run / "checkpoints").is_dir():
-    raise config_lib.ConfigError(
-      f"--checkpoint={run}: holds no run; name the workdir of one, with"
-      " config.json and checkpoints/"
-    )
   own = copy.deepcopy(config)
-  try:
-    own.update(json.loads(path.read_text()))
-  except (ValueError, TypeError, AttributeError):
-    raise config_lib.ConfigError(
-      f"--checkpoint={run}: its config.json is damaged"
-    ) from None
+  saved.update_config(run, own, f"--checkpoint={run}")
   for group, name in [("data", "name"), *(("model", n) for n in own.model)]:
     here, there = config[group].get(name), own[group][name]
     if here != there:

@@ -1,7 +1,6 @@
 """Features of saved runs: the input of the classifier, for whole splits."""
 
 import collections
-import json
 import math
 import pathlib
 import time
@@ -16,10 +15,11 @@ import numpy as np
 
 from configs import default
 from dpc_jax.analysis import embedding_numbers, embeddings
-from dpc_jax.training import build, checkpoint, resume, sharding
+from dpc_jax.training import build, resume, sharding
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import state as state_lib
 from dpc_jax.training import step as step_lib
+from experiments import saved
 
 # Seconds between two lines of progress.
 _QUIET_S = 10
@@ -55,20 +55,8 @@ def config_of(
   Raises:
     ConfigError: no run is there, or its config is damaged.
   """
-  run = pathlib.Path(folder).expanduser()
-  path = run / "config.json"
-  if not path.is_file() or not (run / "checkpoints").is_dir():
-    raise config_lib.ConfigError(
-      f"--workdirs: {folder} holds no run; name the workdir of one, with"
-      " config.json and checkpoints/"
-    )
   config = default.get_config()
-  try:
-    config.update(json.loads(path.read_text()))
-  except (ValueError, TypeError, AttributeError):
-    raise config_lib.ConfigError(
-      f"--workdirs: {folder}: its config.json is damaged"
-    ) from None
+  saved.update_config(folder, config, f"--workdirs: {folder}")
   if data_dir is not None:
     config.data.dir = data_dir
   # A batch of training must divide, too, though none is made here.
@@ -112,30 +100,19 @@ def load(
   Raises:
     ConfigError: no checkpoint, a damaged one, or one that does not fit.
   """
-  run = pathlib.Path(folder).expanduser()
   parts = build.build(config, data)
-  shapes = jax.eval_shape(parts.init, jax.random.key(0))
-  shardings = sharding.of_state(shapes, parts.mesh, parts.partition)
-  checkpoints = checkpoint.Checkpoints(run, parts.config.keep_checkpoints)
+  step = None
   try:
-    step = checkpoints.latest_step()
-    if step is None:
-      raise config_lib.ConfigError(
-        f"--workdirs: {folder}: no checkpoint there yet; wait for the first"
-      )
     if which == "best":
+      run = pathlib.Path(folder).expanduser()
       step = _best_step(run, parts.task.metric)
-    state, _ = checkpoints.restore(
-      step, checkpoint.abstract_state(shapes, shardings)
-    )
+    step, state = saved.restore(folder, parts, f"--workdirs: {folder}", step)
   except OSError as error:
     # A run under way may have deleted it meanwhile.
     raise config_lib.ConfigError(
       f"--workdirs: {folder}: its checkpoint cannot be read: {error.strerror};"
       " try again"
     ) from error
-  finally:
-    checkpoints.close()
   return Run(folder, parts, step, state)
 
 

@@ -16,6 +16,7 @@ from dpc_jax import models
 from dpc_jax.policy import bounds as bounds_lib
 from dpc_jax.training import build, loop, metrics, sharding
 from experiments import bounds, cli
+from tests.training import runs as tiny_runs
 from tests.training import tiny
 
 # ml_collections reads a recipe by a way that Python will drop one day.
@@ -44,9 +45,7 @@ def tiny_model(monkeypatch):
 def runs(tmp_path_factory):
   """Workdirs of finished runs, by method."""
   folder = tmp_path_factory.mktemp("runs")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(models._CONSTRUCTORS, "tiny", tiny.Tiny)
-    patch.setattr(metrics, "_event_writer", lambda workdir: None)
+  with tiny_runs.patched():
     for method in ("dpc", "float"):
       config = tiny.make_config(method, steps=2, batch_size=24)
       loop.train_and_evaluate(config, folder / method)

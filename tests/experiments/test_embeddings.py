@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from dpc_jax import models
-from dpc_jax.training import loop, metrics
+from dpc_jax.training import loop
 from experiments import embeddings, features
+from tests.training import runs as tiny_runs
 from tests.training import tiny
 
 METHODS = ("float", "dpc")
@@ -23,9 +24,7 @@ METHODS = ("float", "dpc")
 def runs(tmp_path_factory):
   """The folder of finished runs, one for each method."""
   folder = tmp_path_factory.mktemp("runs")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(models._CONSTRUCTORS, "tiny", tiny.Tiny)
-    patch.setattr(metrics, "_event_writer", lambda workdir: None)
+  with tiny_runs.patched():
     for method in METHODS:
       config = tiny.make_config(method, **{"data.holdout": 300})
       loop.train_and_evaluate(config, folder / method)
@@ -202,7 +201,7 @@ def test_runs_that_do_not_go_together(runs, command, tmp_path):
 def test_no_run_no_checkpoint_and_a_damaged_config(runs, command, tmp_path):
   code, _, err = command("no/such")
   assert (code, err.count("\n")) == (2, 1)
-  assert err.startswith("error: --workdirs: no/such holds no run; name")
+  assert err.startswith("error: --workdirs: no/such: holds no run; name")
   assert command(",")[2].startswith("error: --workdirs is empty")
   run = changed(runs, tmp_path)
   code, _, err = command(run)

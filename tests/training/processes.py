@@ -55,14 +55,21 @@ def output(workdir: pathlib.Path) -> list[str]:
   return [p.read_text()[-3000:] for p in sorted(workdir.glob("[0-9].txt"))]
 
 
-def finish(started: list[subprocess.Popen[Any]], workdir: pathlib.Path) -> None:
-  """Waits until all end well."""
+def exit_codes(
+  started: list[subprocess.Popen[Any]], deadline_s: float = DEADLINE_S
+) -> list[int]:
+  """Waits for all; none is left after `deadline_s` for one of them."""
   try:
-    codes = [p.wait(DEADLINE_S) for p in started]
+    return [p.wait(deadline_s) for p in started]
   finally:
     for p in started:
       p.kill()
       p.wait()
+
+
+def finish(started: list[subprocess.Popen[Any]], workdir: pathlib.Path) -> None:
+  """Waits until all end well."""
+  codes = exit_codes(started)
   assert codes == [0] * len(started), output(workdir)
 
 

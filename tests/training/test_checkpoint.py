@@ -441,12 +441,7 @@ def test_a_listing_that_is_late(tmp_path):
 def test_two_processes(tmp_path):
   """They go by what process 0 sees, and end where one alone cannot read."""
   started = processes.start("tests.training.restoring_processes", 2, tmp_path)
-  try:
-    codes = [p.wait(processes.DEADLINE_S) for p in started]
-  finally:
-    for p in started:
-      p.kill()
-      p.wait()
+  codes = processes.exit_codes(started)
   said = processes.output(tmp_path)
   assert codes == [3, 2], said
   for text in said:

@@ -33,12 +33,7 @@ def test_a_full_disk_of_one_process(tmp_path, victim, saves):
   """It says so, and the other, which waits to commit, learns by its end."""
   saving_processes.make_case(tmp_path, victim, saves)
   started = processes.start("tests.training.saving_processes", 2, tmp_path)
-  try:
-    codes = [p.wait(SOON_S) for p in started]
-  finally:
-    for p in started:
-      p.kill()
-      p.wait()
+  codes = processes.exit_codes(started, SOON_S)
   said = processes.output(tmp_path)
   assert codes == [3, 3], said
   lines = [text.strip().splitlines()[-1] for text in said]
