@@ -222,7 +222,7 @@ def _describe(run, splits, numbers, first) -> dict[str, Any]:
     "step": run.step,
     "steps": config.steps,
     # Over weights, as the checkpoint has them; None for a float run.
-    "mean_bits": _mean_bits(bits, run.parts.costs),
+    "bits_per_weight": _bits_per_weight(bits, run.parts.costs),
     "accuracy": {k: float(np.mean(x.correct)) for k, x in splits.items()},
     "loss": {k: x.loss for k, x in splits.items()},
     "estimates": _as_dicts(embedding_numbers.estimates(numbers)),
@@ -243,7 +243,7 @@ def _weight_variances(run) -> dict[str, float]:
   return dict(sorted(found.items(), key=lambda x: order.get(x[0], len(order))))
 
 
-def _mean_bits(bits, costs) -> float | None:
+def _bits_per_weight(bits, costs) -> float | None:
   if not bits:
     return None
   sizes = [costs[path].weights for path in bits]

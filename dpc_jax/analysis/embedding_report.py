@@ -99,7 +99,9 @@ def _what_ran(runs):
       run["method"],
       str(run["seed"]),
       f"step {run['step']:,} of {run['steps']:,}",
-      "32" if run["mean_bits"] is None else f"{run['mean_bits']:.2f}",
+      "32"
+      if run["bits_per_weight"] is None
+      else f"{run['bits_per_weight']:.2f}",
     )
     for run in runs
   ]

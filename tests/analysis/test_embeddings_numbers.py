@@ -226,7 +226,7 @@ def test_all_numbers_of_two_networks_and_the_report():
       "seed": 0,
       "step": 5 + i,
       "steps": 6,
-      "mean_bits": None if i == 0 else 4.5,
+      "bits_per_weight": None if i == 0 else 4.5,
       "accuracy": {"train": 0.75, "test": 0.5},
       "loss": {"train": 0.125, "test": 1.5},
       "estimates": {

@@ -80,8 +80,8 @@ def test_the_figure_of_two_runs(runs, command, tmp_path):
     assert (run["step"], run["steps"]) == (6, 6)
     assert list(run["weight_variance"]) == ["first", "second", "classifier"]
     assert run["workdir"] == str(runs / method)
-  assert result["runs"][0]["mean_bits"] is None
-  assert 3 <= result["runs"][1]["mean_bits"] <= 8
+  assert result["runs"][0]["bits_per_weight"] is None
+  assert 3 <= result["runs"][1]["bits_per_weight"] <= 8
   assert "differences" not in result["runs"][0]
   assert result["runs"][1]["differences"]["silhouette"]["n"] == 360
   text = (tmp_path / "out" / "embeddings.md").read_text()
