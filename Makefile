@@ -1,4 +1,4 @@
-# make demo, make test: each sets up .venv first and starts within seconds later.
+# make demo, make test, make reproduce: each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,11 +6,19 @@ BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 
-.PHONY: demo test lint clean
+# Of reproduce: smoke, cpu-hour, gpu-hour, full; and where the data sets lie.
+SCALE ?= smoke
+DATA ?=
+
+.PHONY: demo test reproduce lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.compare --config=configs/digits_resnet8.py \
 	  --methods=static8,dpc --workdir=runs/demo
+
+reproduce: $(VENV)/installed
+	$(BIN)/python -m experiments.reproduce --scale=$(SCALE) \
+	  $(if $(DATA),--data_dir=$(DATA))
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -9,7 +9,7 @@ from absl import flags
 from dpc_jax import models
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import loop, metrics, workdir
-from experiments import compare
+from experiments import compare, grid
 from tests.experiments import summaries
 from tests.training import tiny
 
@@ -201,14 +201,14 @@ def test_sigterm_stops_the_grid(run, trained, tmp_path):
 
 
 def test_a_signal_between_runs_stops_the_grid(trained, tmp_path):
-  cells = compare.grid(tiny.make_config(), ["static8", "dpc"], 1)
+  cells = grid.cells(tiny.make_config(), ["static8", "dpc"], 1)
   asked = []
 
   def is_stopping(step):
     asked.append(step)
     return len(asked) == 2
 
-  assert compare.train(cells, tmp_path, is_stopping) is None
+  assert grid.train(cells, tmp_path, is_stopping) is None
   assert trained.calls == [("static8", 0)]
 
 
@@ -301,7 +301,7 @@ def test_no_method_is_a_mistake(run):
   ],
 )
 def test_time_left(seconds, runs, text):
-  assert compare._time_left(seconds, runs) == text
+  assert grid._time_left(seconds, runs) == text
 
 
 def test_flags_default_to_the_demo():
