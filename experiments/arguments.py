@@ -1,6 +1,7 @@
 """Flags of the programs without a recipe: a mistake is one line, code 2."""
 
 import argparse
+import pathlib
 import sys
 from typing import NoReturn
 
@@ -23,3 +24,10 @@ class Parser(argparse.ArgumentParser):
       f"error: {message.removeprefix('argument ')}; see --help", file=sys.stderr
     )
     sys.exit(2)
+
+
+def folder(text: str) -> pathlib.Path:
+  """The type of a flag that names a folder; `~` is the home."""
+  if not text:
+    raise argparse.ArgumentTypeError("is empty")
+  return pathlib.Path(text).expanduser()

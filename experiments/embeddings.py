@@ -9,6 +9,9 @@ each run, full precision first. Each run is taken from its newest checkpoint, as
 evaluation does it, on the whole split. Written to the workdir: `embeddings.png`
 and `.svg`, `embeddings.json`, all numbers, and `embeddings.md`, what they show
 and what they do not. Runs must be of one data set.
+
+It is the work of one process, on all devices of its machine, and joins no
+others: under srun or mpirun each would do all of it, and write the same files.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,11 +36,32 @@ from dpc_jax.analysis import (
 )
 from dpc_jax.data import prepared
 from dpc_jax.training import config as config_lib
-from dpc_jax.training import state as state_lib
-from experiments import arguments, features
+from experiments import arguments, features, mistakes, reporting
 
 # What a figure calls a method.
-_NAMES = {"float": "full precision", "dpc": "DPC", "adaptive": "adaptive DPC"}
+_NAMES = {
+  "float": "full precision",
+  "dpc": "DPC",
+  "adaptive": "adaptive DPC",
+  "cpt": "CPT",
+  "dpc_cpt": "DPC + CPT",
+}
+
+
+class _Seen(NamedTuple):
+  """What is kept of a run; the features of whole splits are not.
+
+  Attributes:
+    found: its part of embeddings.json.
+    numbers: what another run's are compared with.
+    rows: int (P,), the examples of the picture.
+    features: float32 (P, F), of these.
+  """
+
+  found: dict[str, Any]
+  numbers: embedding_numbers.Numbers
+  rows: np.ndarray
+  features: np.ndarray
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _run(flags, command)
   except (config_lib.ConfigError, prepared.DataError) as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {mistakes.one_line(error)}", file=sys.stderr)
     return 2
   return 0
 
@@ -67,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     "--workdir",
     required=True,
     metavar="OUT",
-    type=pathlib.Path,
+    type=arguments.folder,
     help="where the figure and the numbers go; made if absent",
   )
   parser.add_argument(
@@ -116,19 +140,18 @@ def _run(flags: argparse.Namespace, command: str) -> None:
     raise config_lib.ConfigError(
       f"--workdir={flags.workdir}: {error.strerror}; use another"
     ) from None
-  data, seen = None, []
-  for i, (folder, config) in enumerate(zip(folders, configs, strict=True), 1):
-    print(f"[{i}/{len(folders)}] {folder}", flush=True)
+  data, loaded, seen = None, [], []
+  for folder, config in zip(folders, configs, strict=True):
     run = features.load(folder, config, data, flags.checkpoint)
     data = run.parts.data
-    _check_flags(flags, config.data.name, data.splits)
-    step = features.make_feature_step(run.parts)
-    splits = dict.fromkeys(("train", "test", flags.split))
+    loaded.append((run, features.make_feature_step(run.parts)))
+  _check_flags(flags, configs[0].data.name, data.splits)
+  for i in range(1, len(folders) + 1):
+    run, step = loaded.pop(0)
+    print(f"[{i}/{len(folders)}] {run.workdir}", flush=True)
     print(f"  checkpoint of step {run.step:,}", flush=True)
-    seen.append(
-      (run, {split: features.embed(run, step, split) for split in splits})
-    )
-  result, panels = _measure(flags, seen)
+    seen.append(_see(flags, run, step, seen[0].numbers if seen else None))
+  result, panels = _picture(flags, seen)
   _write(result | {"command": command}, panels, data.class_names, flags.workdir)
 
 
@@ -158,36 +181,76 @@ def _check_flags(flags, dataset, splits) -> None:
       raise config_lib.ConfigError(f"--{name}={value}: use {low}..{high}")
 
 
-def _measure(flags, seen) -> tuple[dict[str, Any], list[embedding_plot.Panel]]:
-  """(what embeddings.json holds but for the command, the panels)."""
+def _see(flags, run, step, first) -> _Seen:
+  """Takes the splits through a network; `first` is compared with, or None."""
+  splits = {
+    split: features.embed(run, step, split)
+    for split in dict.fromkeys(("train", "test", flags.split))
+  }
+  print("  measuring", flush=True)
   try:
-    print("measuring", flush=True)
-    numbers = [
-      embedding_numbers.numbers(splits, flags.split, flags.neighbors)
-      for _, splits in seen
-    ]
-    labels = numbers[0].labels
-    rows = embeddings.balanced_subset(labels, flags.pictured)
-    maps, perplexity = [], None
-    for i, (_, splits) in enumerate(seen, 1):
-      print(f"t-SNE {i}/{len(seen)}, {len(rows):,} points", flush=True)
-      points, perplexity = embeddings.t_sne(
-        splits[flags.split].features[rows], perplexity=flags.perplexity
-      )
-      maps.append(embeddings.turned_to(maps[0] if maps else points, points))
-    runs = [
-      _describe(run, splits, numbers[i], numbers[0] if i else None)
-      for i, (run, splits) in enumerate(seen)
-    ]
+    numbers = embedding_numbers.numbers(splits, flags.split, flags.neighbors)
+    found = _describe(run, splits, numbers, first)
   except ValueError as error:
-    raise config_lib.ConfigError(f"--workdirs={flags.workdirs}: {error}") from (
-      error
+    raise _of_run(run.workdir, error) from error
+  rows = embeddings.balanced_subset(numbers.labels, flags.pictured)
+  return _Seen(found, numbers, rows, splits[flags.split].features[rows])
+
+
+def _of_run(workdir, error) -> config_lib.ConfigError:
+  return config_lib.ConfigError(f"--workdirs: {workdir}: {error}")
+
+
+def _describe(run, splits, numbers, first) -> dict[str, Any]:
+  """A run's part of embeddings.json; `first` is what it is compared with."""
+  config = run.parts.config
+  bits = features.evaluation_bits(run)
+  found = {
+    "workdir": run.workdir,
+    "method": config.precision.method,
+    "model": config.model.name,
+    "dataset": config.data.name + (" (fake)" if config.data.fake else ""),
+    "seed": config.seed,
+    "step": run.step,
+    "steps": config.steps,
+    # At the widths of evaluation; None for a float run.
+    "bits_per_quantized_weight": features.bits_per_quantized_weight(
+      bits, run.parts.costs
+    ),
+    "accuracy": {k: float(np.mean(x.correct)) for k, x in splits.items()},
+    "loss": {k: x.loss for k, x in splits.items()},
+    "estimates": _as_dicts(embedding_numbers.estimates(numbers)),
+    "weight_variance": _weight_variances(run),
+  }
+  if first is not None:
+    differences = embedding_numbers.differences(numbers, first)
+    found["differences"] = _as_dicts(
+      {name: differences[name] for name in embedding_report.COMPARED}
     )
+  return found
+
+
+def _picture(flags, seen) -> tuple[dict[str, Any], list[embedding_plot.Panel]]:
+  """(what embeddings.json holds but for the command, the panels)."""
+  maps, perplexity = [], None
+  for i, of_run in enumerate(seen, 1):
+    print(f"t-SNE {i}/{len(seen)}, {len(of_run.rows):,} points", flush=True)
+    try:
+      points, perplexity = embeddings.t_sne(
+        of_run.features, perplexity=flags.perplexity
+      )
+    except ValueError as error:
+      raise _of_run(of_run.found["workdir"], error) from error
+    maps.append(
+      embeddings.procrustes_align(maps[0] if maps else points, points)
+    )
+  runs = [of_run.found for of_run in seen]
   _name(runs)
   for run in runs[1:]:
-    run["weight_variance_ratio"] = variance.mean_ratio(
+    run["weight_variance_ratio"] = variance.geometric_mean_ratio(
       run["weight_variance"], runs[0]["weight_variance"]
     )
+  labels, rows = seen[0].numbers.labels, seen[0].rows
   result = {
     "dataset": runs[0]["dataset"],
     "split": flags.split,
@@ -209,46 +272,12 @@ def _measure(flags, seen) -> tuple[dict[str, Any], list[embedding_plot.Panel]]:
   return result, panels
 
 
-def _describe(run, splits, numbers, first) -> dict[str, Any]:
-  """A run's part of embeddings.json; `first` is what it is compared with."""
-  config = run.parts.config
-  bits = jax.device_get(state_lib.layer_bits(run.state))
-  found = {
-    "workdir": run.workdir,
-    "method": config.precision.method,
-    "model": config.model.name,
-    "dataset": config.data.name + (" (fake)" if config.data.fake else ""),
-    "seed": config.seed,
-    "step": run.step,
-    "steps": config.steps,
-    # Over weights, as the checkpoint has them; None for a float run.
-    "bits_per_weight": _bits_per_weight(bits, run.parts.costs),
-    "accuracy": {k: float(np.mean(x.correct)) for k, x in splits.items()},
-    "loss": {k: x.loss for k, x in splits.items()},
-    "estimates": _as_dicts(embedding_numbers.estimates(numbers)),
-    "weight_variance": _weight_variances(run),
-  }
-  if first is not None:
-    found["differences"] = _as_dicts(
-      embedding_numbers.differences(numbers, first)
-    )
-  return found
-
-
 def _weight_variances(run) -> dict[str, float]:
   """In the network's order, which parameters do not keep."""
   found = variance.weight_variances(jax.device_get(run.state.params))
   order = {path: i for i, path in enumerate(run.parts.costs)}
   # A tied kernel is nobody's cost.
   return dict(sorted(found.items(), key=lambda x: order.get(x[0], len(order))))
-
-
-def _bits_per_weight(bits, costs) -> float | None:
-  if not bits:
-    return None
-  sizes = [costs[path].weights for path in bits]
-  widths = [float(np.mean(layer.weights)) for layer in bits.values()]
-  return float(np.average(widths, weights=sizes))
 
 
 def _as_dicts(estimates: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -274,11 +303,12 @@ def _name(runs: list[dict[str, Any]]) -> None:
 def _write(result, panels, class_names, workdir: pathlib.Path) -> None:
   paths = [workdir / f"embeddings.{suffix}" for suffix in ("png", "svg")]
   try:
-    embedding_plot.draw(panels, class_names, paths)
+    caption = embedding_plot.parameters(result)
+    embedding_plot.draw(panels, class_names, paths, caption=caption)
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    (workdir / "embeddings.json").write_text(text)
+    reporting.write_text(workdir / "embeddings.json", text)
     markdown = embedding_report.markdown(result)
-    (workdir / "embeddings.md").write_text(markdown)
+    reporting.write_text(workdir / "embeddings.md", markdown)
   except OSError as error:
     raise config_lib.ConfigError(
       f"--workdir={workdir}: {error.strerror}; use another"

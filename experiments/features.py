@@ -5,7 +5,7 @@ import math
 import pathlib
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,8 @@ import numpy as np
 
 from configs import default
 from dpc_jax.analysis import embedding_numbers, embeddings
+from dpc_jax.cost import bitops
+from dpc_jax.quant import grids
 from dpc_jax.training import build, resume, sharding
 from dpc_jax.training import config as config_lib
 from dpc_jax.training import state as state_lib
@@ -34,7 +36,7 @@ class Run(NamedTuple):
     workdir: its folder, as the command line has it.
     parts: built.
     step: of the checkpoint.
-    state: restored from it.
+    state: restored from it, without what only training reads.
   """
 
   workdir: str
@@ -98,9 +100,12 @@ def load(
     which: "newest", or "best" on the validation split.
 
   Raises:
-    ConfigError: no checkpoint, a damaged one, or one that does not fit.
+    ConfigError: a model that does not classify; no checkpoint, a damaged one,
+      or one that does not fit.
   """
   parts = build.build(config, data)
+  if parts.task.metric != "accuracy":
+    raise _no_layer(config)
   step = None
   try:
     if which == "best":
@@ -113,7 +118,10 @@ def load(
       f"--workdirs: {folder}: its checkpoint cannot be read: {error.strerror};"
       " try again"
     ) from error
-  return Run(folder, parts, step, state)
+  # A run among others: its optimizer's state may be twice its parameters.
+  return Run(
+    folder, parts, step, state.replace(opt_state=(), rng=None, carry=())
+  )
 
 
 def _best_step(run: pathlib.Path, metric: str) -> int:
@@ -131,8 +139,49 @@ def _best_step(run: pathlib.Path, metric: str) -> int:
   return max(kept, key=scores.__getitem__)
 
 
+def evaluation_bits(run: Run) -> dict[str, grids.LayerBits]:
+  """The widths that a run is evaluated with, and its features taken with.
+
+  They are those of the checkpoint, or what its schedule says of evaluation: of
+  CPT and DPC + CPT the highest of a cycle.
+
+  Args:
+    run: restored.
+
+  Returns:
+    {path: LayerBits of int32 arrays, () or (layers,)}; {} of a float run.
+  """
+  schedule, state = run.parts.schedule, run.state
+  if schedule.evaluation is None:
+    return jax.device_get(state_lib.layer_bits(state))
+  return jax.device_get(schedule.evaluation(state.schedule_state))
+
+
+def bits_per_quantized_weight(
+  bits: Mapping[str, grids.LayerBits], costs: Mapping[str, bitops.LayerCost]
+) -> float | None:
+  """Mean width of the weights over all weights of the quantized layers.
+
+  sum_l N_l b_l / sum_l N_l over layers l, stacked ones one by one: N_l its
+  weights, b_l their width. Layers in float count on neither side.
+
+  Args:
+    bits: {path: widths}, as `evaluation_bits` gives them.
+    costs: {path: LayerCost}, of more paths perhaps.
+
+  Returns:
+    None of a model without quantized weights.
+  """
+  # Of stacked layers, which are equal in size, `weights` is one's.
+  sizes = [costs[path].weights * costs[path].layers for path in bits]
+  if not sum(sizes):
+    return None
+  widths = [float(np.mean(layer.weights)) for layer in bits.values()]
+  return float(np.average(widths, weights=sizes))
+
+
 def make_feature_step(parts: build.Parts) -> Any:
-  """Compiles nothing yet: (state, batch) -> arrays of the batch, on all hosts.
+  """Compiles nothing yet: (state, batch) -> arrays of the whole batch.
 
   It is the run's own evaluation step, of a model that also returns the input of
   its layer `classifier`.
@@ -140,13 +189,6 @@ def make_feature_step(parts: build.Parts) -> Any:
   Raises:
     ConfigError: the model has no such layer.
   """
-  missing = (
-    f"config.model.name = {parts.config.model.name!r}: has no layer named"
-    f" {embeddings.LAYER!r} that is called once; use a model that classifies"
-    " images"
-  )
-  if parts.task.metric != "accuracy":
-    raise config_lib.ConfigError(missing)
 
   def apply(variables, *args, mutable, **kwargs):
     del mutable  # evaluation: nothing is
@@ -175,11 +217,18 @@ def make_feature_step(parts: build.Parts) -> Any:
   try:
     jax.eval_shape(eval_step, shapes, parts.feed.eval_batch)
   except ValueError as error:
-    raise config_lib.ConfigError(missing) from error
-  # Every host gets all rows, however many devices worked on them.
+    raise _no_layer(parts.config) from error
   return jax.jit(
     lambda state, batch: eval_step(state, batch)[0],
     out_shardings=sharding.replicated(parts.mesh),
+  )
+
+
+def _no_layer(config) -> config_lib.ConfigError:
+  return config_lib.ConfigError(
+    f"config.model.name = {config.model.name!r}: has no layer named"
+    f" {embeddings.LAYER!r} that is called once; use a model that classifies"
+    " images"
   )
 
 
@@ -190,6 +239,10 @@ def embed(run: Run, step: Any, split: str) -> embedding_numbers.Embedded:
     run: restored.
     step: of `make_feature_step`.
     split: its name.
+
+  Raises:
+    ConfigError: features or a loss that are not finite.
+    RuntimeError: not every example came through, or one twice.
   """
   parts, count = run.parts, len(run.parts.data.splits[split])
   found = {"features": [], "label": [], "correct": []}
@@ -216,7 +269,30 @@ def embed(run: Run, step: Any, split: str) -> embedding_numbers.Embedded:
         print(f"  {split}: {done:,} of {count:,} images", flush=True)
     while pending:
       collect()
+  if done != count:
+    raise RuntimeError(
+      f"{run.workdir}: {done:,} examples of the {split} split came through, and"
+      f" not its {count:,}"
+    )
   seconds = time.monotonic() - start
   print(f"  {split}: {count:,} images in {seconds:.1f} s", flush=True)
   features, labels, correct = map(np.concatenate, found.values())
+  _check_finite(run.workdir, split, features, loss)
   return embedding_numbers.Embedded(features, labels, correct, loss / count)
+
+
+def _check_finite(workdir, split, features, loss) -> None:
+  finite = np.isfinite(features).all(1)
+  rows = int(np.count_nonzero(~finite))
+  if rows:
+    what = (
+      f"{rows:,} of {len(finite):,} feature rows of the {split} split are not"
+      " finite"
+    )
+  elif not math.isfinite(loss):
+    what = f"the loss on the {split} split is {loss}"
+  else:
+    return
+  raise config_lib.ConfigError(
+    f"--workdirs: {workdir}: {what}; its training has diverged: leave it out"
+  )

@@ -1,9 +1,11 @@
 """The files that tell of finished runs: pictures, reports, figures."""
 
 import dataclasses
+import fnmatch
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,16 +14,23 @@ from dpc_jax.analysis import (
   comparison,
   curves,
   html,
+  pictures,
   plots,
   report,
   run_report,
 )
-from dpc_jax.training import bits_log, summary
-from dpc_jax.training import metrics as metrics_lib
+from experiments import finished
 
 _AGAINST = {
   "curves": ("steps", "Loss and test metric against steps"),
   "curves_cost": ("cost", "Loss and test metric against cost"),
+}
+_PICTURES = {
+  "pareto.png": "test metric and cost of the methods",
+  "curves.png": "loss and test metric against steps",
+  "curves_cost.png": "loss and test metric against cost",
+  "bits.png": "bits and N_k per layer",
+  "moves*.png": "how bits moved, and why",
 }
 
 
@@ -36,7 +45,7 @@ def write_comparison(
   grid: pathlib.Path,
   *,
   b_max: int,
-  command: str,
+  command: str | None,
 ) -> comparison.Comparison:
   """Writes report.md, report.html, results.json and the pictures of a grid.
 
@@ -46,7 +55,7 @@ def write_comparison(
     failures: the cells that did not finish.
     grid: its folder.
     b_max: the width of the static reference.
-    command: what was typed.
+    command: what trained the runs, as it was typed; None if that is not known.
 
   Returns:
     The figures and verdicts.
@@ -59,27 +68,22 @@ def write_comparison(
   runs = {method: by_seed for method, by_seed in runs.items() if by_seed}
   result = comparison.compare(runs, b_max=b_max)
   first = {method: by_seed[min(by_seed)] for method, by_seed in runs.items()}
+  lines, decided = _read_logs(runs, grid)
   _draw_bits(first, grid)
   _draw_pareto(result, grid)
   drawn = _draw_curves(
-    {
-      method: {
-        seed: summary.read_lines(folder(grid, method, seed)) for seed in by_seed
-      }
-      for method, by_seed in runs.items()
-    },
+    lines,
     grid,
     metric=result.metric,
     steps=next(iter(first.values()))["steps"],
     b_max=b_max,
   )
   for method, by_seed in runs.items():
-    seed = min(by_seed)
     drawn |= _draw_moves(
-      folder(grid, method, seed),
+      *decided[method],
       first[method],
       grid / f"moves_{method}.png",
-      f"Signals and bits of {method}, seed {seed}",
+      f"Signals and bits of {method}, seed {min(by_seed)}",
     )
   text = report.comparison(
     result, runs, command=command, failures=failures, pictures=drawn
@@ -87,6 +91,25 @@ def write_comparison(
   _write_report(grid, text)
   _write_results(grid, result, runs, failures, command)
   return result
+
+
+def _read_logs(runs, grid):
+  """Of all runs what they logged, of first seeds what they decided.
+
+  A damaged log is found here, before anything is drawn.
+  """
+  lines = {
+    method: {
+      seed: finished.read_metrics(folder(grid, method, seed))
+      for seed in by_seed
+    }
+    for method, by_seed in runs.items()
+  }
+  decided = {
+    method: finished.read_decisions(folder(grid, method, min(by_seed)))
+    for method, by_seed in runs.items()
+  }
+  return lines, decided
 
 
 def _write_results(grid, result, runs, failures, command) -> None:
@@ -97,7 +120,7 @@ def _write_results(grid, result, runs, failures, command) -> None:
     "statistics": dataclasses.asdict(result),
   }
   text = json.dumps(figures, indent=2, allow_nan=False) + "\n"
-  _write(grid / "results.json", text)
+  write_text(grid / "results.json", text)
 
 
 def write_run(
@@ -116,21 +139,25 @@ def write_run(
   """
   b_max = config["precision"]["b_max"]
   method, seed = of_run["method"], of_run["seed"]
+  lines = finished.read_metrics(run)
+  signals, moves = finished.read_decisions(run)
   drawn = {}
   if _draw_bits({method: of_run}, run):
     drawn["bits.png"] = "Bits and weights per layer"
   drawn |= _draw_curves(
-    {method: {seed: summary.read_lines(run)}},
+    {method: {seed: lines}},
     run,
     metric=of_run["metric"],
     steps=of_run["steps"],
     b_max=b_max,
   )
-  drawn |= _draw_moves(run, of_run, run / "moves.png", "Signals and bits")
+  drawn |= _draw_moves(
+    signals, moves, of_run, run / "moves.png", "Signals and bits"
+  )
   text = run_report.run(
     of_run,
     config,
-    metrics_lib.read_lines(run / "bits.jsonl"),
+    moves,
     workdir=str(run),
     b_max=b_max,
     pictures=drawn,
@@ -139,22 +166,37 @@ def write_run(
 
 
 def written(where: pathlib.Path) -> list[str]:
-  """Lines that name the files of a report, as far as they are there."""
+  """Lines that name the files of a report, as far as they are there.
+
+  Of the pictures, those that the report shows: the folder may have others.
+  """
   lines = ["written:"]
   for name, what in (
     ("report.html", "all of it, to be read in a browser; one file"),
     ("report.md", "the same as text"),
-    ("pareto.png", "test metric and cost of the methods"),
-    ("curves.png", "loss and test metric against steps"),
-    ("curves_cost.png", "loss and test metric against cost"),
-    ("bits.png", "bits and N_k per layer"),
-    ("moves*.png", "how bits moved, and why"),
-    ("results.json", "the summaries of the runs, and the statistics"),
   ):
-    lines += [f"  {path}  {what}" for path in sorted(where.glob(name))]
-  if any(where.glob("*.svg")):
+    if (where / name).exists():
+      lines.append(f"  {where / name}  {what}")
+  shown = _shown(where)
+  for pattern, what in _PICTURES.items():
+    lines += [
+      f"  {where / name}  {what}" for name in fnmatch.filter(shown, pattern)
+    ]
+  if (where / "results.json").exists():
+    what = "the summaries of the runs, and the statistics"
+    lines.append(f"  {where / 'results.json'}  {what}")
+  if shown:
     lines.append("  (each picture as .svg, too)")
   return lines
+
+
+def _shown(where) -> list[str]:
+  """Pictures of `report.md`, sorted; [] without one."""
+  path = where / "report.md"
+  if not path.is_file():
+    return []
+  text = path.read_text(encoding="utf-8", errors="replace")
+  return sorted(set(re.findall(r"\]\(([^()\s/]+\.png)\)", text)))
 
 
 def _draw_bits(first, where) -> bool:
@@ -204,27 +246,32 @@ def _draw_curves(lines, where, *, metric, steps, b_max) -> dict[str, str]:
   return drawn
 
 
-def _draw_moves(run, of_run, path, what) -> dict[str, str]:
+def _draw_moves(signals, moves, of_run, path, what) -> dict[str, str]:
   """{file: what it shows}; {} of a run that decides by no signal."""
-  signals = metrics_lib.read_lines(run / bits_log.SIGNALS)
   if not signals:
     return {}
-  adaptive_plot.bits_over_time(
-    signals,
-    metrics_lib.read_lines(run / "bits.jsonl"),
-    list(of_run["layers"]),
-    path,
-  )
+  adaptive_plot.bits_over_time(signals, moves, list(of_run["layers"]), path)
   return {path.name: what}
 
 
 def _write_report(where, text) -> None:
-  _write(where / "report.md", text)
-  _write(where / "report.html", html.page(text, where))
+  """And removes the pictures that only the report before shows."""
+  before = _shown(where)
+  write_text(where / "report.md", text)
+  write_text(where / "report.html", html.page(text, where))
+  for name in set(before).difference(_shown(where)):
+    # Somebody may have added one of another name to the text.
+    if any(fnmatch.fnmatch(name, pattern) for pattern in _PICTURES):
+      for suffix in pictures.SUFFIXES:
+        (where / name).with_suffix(suffix).unlink(missing_ok=True)
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-  """Whole or not at all, whatever another process writes there."""
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole or not at all, whatever another process writes there.
+
+  Raises:
+    OSError: it cannot be written.
+  """
   temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
   try:
     temporary.write_text(text, encoding="utf-8")

@@ -13,8 +13,12 @@ Lines = Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
 
 # A run that ends beyond it, in static runs, does not stretch the axis of cost.
 _FAR_COST = 2.0
-# Positive values that span more than this factor have a logarithmic axis.
+# Positive values, but for accuracies, that span more than this factor have a
+# logarithmic axis.
 _WIDE = 30.0
+# Of an axis of accuracies (our decision): single images of a small test set
+# must not fill it. The course of training is wider than that.
+_LEAST_SPAN = 0.05
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -101,7 +105,8 @@ def training_curves(
   """Draws training loss above test metric, a line and a band per method.
 
   Lines are means over seeds, bands reach from the lowest to the highest seed.
-  What falls or rises by more than a factor of 30 has a logarithmic axis.
+  A loss or a perplexity that falls or rises by more than a factor of 30 has a
+  logarithmic axis; one of accuracies is linear and spans 0.05 or more.
   Against cost, a method that ends at more than twice the unit, such as float,
   is a horizontal line at its last mean: on the axis it would leave one corner
   to all others.
@@ -132,13 +137,13 @@ def training_curves(
       method: curve(by_seed, split, field, against=against, steps=steps)
       for method, by_seed in lines.items()
     }
-    handles |= _draw(
+    far = _far(curves) if against == "cost" else ()
+    handles |= _draw(axis, curves, far, with_markers=split == "test")
+    _style(
       axis,
-      curves,
-      far=_far(curves) if against == "cost" else (),
-      with_markers=split == "test",
+      [c for k, c in curves.items() if c is not None and k not in far],
+      is_accuracy=field == "accuracy",
     )
-    _style(axis, [c for c in curves.values() if c is not None])
   axes[0].set_ylabel("training loss", fontsize=11)
   axes[1].set_ylabel(f"test {metric}", fontsize=11)
   axes[1].set_xlabel(
@@ -202,10 +207,13 @@ def _draw(axis, curves, far, with_markers) -> dict[str, Any]:
   return drawn
 
 
-def _style(axis, curves) -> None:
-  """A logarithmic axis for values that span orders of magnitude."""
+def _style(axis, curves, is_accuracy) -> None:
+  """The vertical axis that the values of the curves need."""
   axis.grid(alpha=0.3)
   axis.spines[["top", "right"]].set_visible(False)
+  if is_accuracy:
+    plots.end_axis(axis, 1.0, _LEAST_SPAN)
+    return
   values = np.concatenate([[*c.low, *c.high] for c in curves] or [[1.0]])
   values = values[np.isfinite(values)]
   if len(values) and values.min() > 0 and values.max() > _WIDE * values.min():

@@ -1,4 +1,8 @@
-"""All numbers of a run's embeddings, with intervals, and against another's."""
+"""All numbers of a run's embeddings, with intervals, and against another's.
+
+Intervals are those of `separation`: they hold the network, also where it was
+fitted to the examples (the gap's training part, and the training split).
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -55,12 +59,13 @@ def numbers(
     splits: of the same network: `train`, `test` and `split`.
     split: whose separation and variance are measured. The neighbors that vote
       are the training examples (our decision: as a classifier is used); for the
-      training split itself, all others in it.
+      training split itself, all others in it. Of that one, intervals leave out
+      that other examples would have trained another network.
     neighbors: how many vote.
 
   Raises:
-    ValueError: features that are not finite or do not vary, or more neighbors
-      than there are.
+    ValueError: features that are not finite or do not vary, no more examples
+      than classes, or more neighbors than there are.
   """
   seen, train = splits[split], splits["train"]
   features, labels = seen.features, seen.labels
@@ -85,7 +90,11 @@ def numbers(
 
 
 def estimates(of: Numbers) -> dict[str, separation.Estimate]:
-  """{name: Estimate} of all measures, and `gap`: train minus test accuracy."""
+  """{name: Estimate} of all measures, and `gap`: train minus test accuracy.
+
+  Raises:
+    ValueError: too few examples for an interval.
+  """
   found = {k: separation.estimate(m) for k, m in of.measures.items()}
   return found | {"gap": separation.gap(*of.accuracies)}
 
@@ -96,7 +105,7 @@ def differences(
   """The same names, `of` minus `reference`, paired by example.
 
   Raises:
-    ValueError: the two are of other examples.
+    ValueError: the two are of other examples, or of too few.
   """
   if not np.array_equal(of.labels, reference.labels):
     raise ValueError("labels differ: the two are of other examples")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpc_jax.analysis import report
+from dpc_jax.analysis import cells, report
 
 SEPARATION = {
   "silhouette": "silhouette",
@@ -12,9 +12,14 @@ SEPARATION = {
 }
 VARIANCE = {
   "gap": "generalization gap",
-  "feature_variance": "feature variance",
   "relative_variance": "relative feature variance",
 }
+# Measures of which runs are compared: `feature_variance` has a scale of its own
+# in each network.
+COMPARED = (*SEPARATION, *VARIANCE)
+_NOT_COMPARED = {"feature_variance": "feature variance"}
+# Beyond these powers of ten a value is written with an exponent.
+_LOWEST, _HIGHEST = -7, 7
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -23,12 +28,12 @@ def markdown(result: Mapping[str, Any]) -> str:
   Args:
     result: what `embeddings.json` holds (see `experiments.embeddings`): runs,
       each with `estimates`, and all but the first with `differences` from the
-      first, {measure: {value, low, high, n}}.
+      first, {measure: {value, low, high, n}}; differences of `COMPARED`.
   """
   runs = result["runs"]
   others = runs[1:]
   parts = [
-    f"# Embeddings: {result['dataset']}, {result['split']} split",
+    f"# Embeddings: {cells.plain(result['dataset'])}, {result['split']} split",
     "![t-SNE of the features before the classifier, one panel for each"
     " run](embeddings.png)",
     _about_the_picture(result),
@@ -39,14 +44,14 @@ def markdown(result: Mapping[str, Any]) -> str:
     *_differences(others, runs[0], SEPARATION),
     "## Does low precision constrain variance?",
     report.markdown_table(*_accuracies(runs)),
-    report.markdown_table(*_table(runs, "estimates", VARIANCE)),
+    report.markdown_table(*_table(runs, "estimates", VARIANCE | _NOT_COMPARED)),
     _ABOUT_VARIANCE,
     *_differences(others, runs[0], VARIANCE),
     report.markdown_table(*_weights(runs)),
     _ABOUT_WEIGHTS,
     "## What this does not show",
     _limits(result),
-    f"Command: `{result['command']}`",
+    f"Command: {cells.code(result['command'])}",
   ]
   return "\n\n".join(parts) + "\n"
 
@@ -63,15 +68,34 @@ def panel_text(run: Mapping[str, Any]) -> list[str]:
 
 
 def interval(estimate: Mapping[str, float], sign: bool = False) -> str:
-  """A value with its 95 % interval; a difference keeps small digits."""
-  if sign:
-    form = "{:+.3g}"
+  """A value with its 95 % interval, "0.812 [0.794, 0.830]".
+
+  Its digits are those that the interval tells: half its width has two of them
+  (our decision). Without any width the value has four or more.
+
+  Args:
+    estimate: value, low and high, finite.
+    sign: whether positive ones have a plus, as differences.
+  """
+  ends = [estimate[end] for end in ("value", "low", "high")]
+  half = (estimate["high"] - estimate["low"]) / 2
+  power = _power(max(map(abs, ends)))
+  last = _power(half) - 1 if half > 0 else min(power - 3, 0)
+  plus = "+" if sign else ""
+  if last < _LOWEST or power >= _HIGHEST:
+    form = f"{{:{plus}.{max(power - last, 1)}e}}"
   else:
-    form = "{:.3f}" if abs(estimate["value"]) < 1 else "{:.2f}"
-  value, low, high = (
-    form.format(estimate[end]) for end in ("value", "low", "high")
-  )
+    # Tens and hundreds may be more than the interval tells, too.
+    ends = [round(end, -last) for end in ends] if last > 0 else ends
+    # z: what rounds to zero has no minus.
+    form = f"{{:{plus}z,.{max(-last, 0)}f}}"
+  value, low, high = (form.format(float(end)) for end in ends)
   return f"{value} [{low}, {high}]"
+
+
+def _power(x: float) -> int:
+  """Of ten, of the first of two significant digits; 0 of zero."""
+  return int(f"{x:.1e}".partition("e")[2])
 
 
 def _about_the_picture(result) -> str:
@@ -85,23 +109,24 @@ def _about_the_picture(result) -> str:
     "t-SNE of the input of the layer `classifier`, begun from PCA: perplexity"
     f" {result['perplexity']:g}, seed {result['seed']}, {shown}."
     " Later panels are turned and mirrored to lie as the first does. Features"
-    " are taken as in evaluation: at the widths of the checkpoint, with the"
-    " running ranges."
+    " are taken at the widths of evaluation, with the running ranges; the bits"
+    " are those widths, averaged over all weights of the quantized layers."
   )
 
 
 def _what_ran(runs):
-  header = ("run", "model", "method", "seed", "checkpoint", "bits per weight")
+  header = (
+    *("run", "model", "method", "seed", "checkpoint"),
+    "bits per quantized weight",
+  )
   table = [
     (
-      run["name"],
-      run["model"],
-      run["method"],
+      *(cells.plain(run[field]) for field in ("name", "model", "method")),
       str(run["seed"]),
       f"step {run['step']:,} of {run['steps']:,}",
-      "32"
-      if run["bits_per_weight"] is None
-      else f"{run['bits_per_weight']:.2f}",
+      "-"
+      if run["bits_per_quantized_weight"] is None
+      else f"{run['bits_per_quantized_weight']:.2f}",
     )
     for run in runs
   ]
@@ -110,7 +135,11 @@ def _what_ran(runs):
 
 def _table(runs, field, names):
   table = [
-    (run["name"], *(interval(run[field][key]) for key in names)) for run in runs
+    (
+      cells.plain(run["name"]),
+      *(interval(run[field][key]) for key in names),
+    )
+    for run in runs
   ]
   return table, ("run", *names.values())
 
@@ -145,14 +174,16 @@ def _differences(others, first, names) -> list[str]:
     return []
   table = [
     (
-      run["name"],
+      cells.plain(run["name"]),
       *(interval(run["differences"][key], sign=True) for key in names),
     )
     for run in others
   ]
-  lines = [f"- {run['name']}: {_verdicts(run, names)}." for run in others]
+  lines = [
+    f"- {cells.plain(run['name'])}: {_verdicts(run, names)}." for run in others
+  ]
   return [
-    f"Difference from {first['name']}, paired by example:",
+    f"Difference from {cells.plain(first['name'])}, paired by example:",
     report.markdown_table(table, ("run", *names.values())),
     "\n".join(lines),
   ]
@@ -178,7 +209,7 @@ def _accuracies(runs):
   )
   table = [
     (
-      run["name"],
+      cells.plain(run["name"]),
       *(f"{run['accuracy'][split]:.4f}" for split in ("train", "test")),
       *(f"{run['loss'][split]:.4f}" for split in ("train", "test")),
     )
@@ -190,8 +221,9 @@ def _accuracies(runs):
 _ABOUT_VARIANCE = (
   "The gap is train minus test accuracy, both on whole splits in evaluation"
   " mode, without augmentation. The feature variance is over examples, averaged"
-  " over features; relative to the mean square it does not depend on the"
-  " features' scale."
+  " over features. It is no measure to compare networks by: each has a scale of"
+  " its own, so no difference is given. Relative to the mean square it does not"
+  " depend on that scale."
 )
 _ABOUT_WEIGHTS = (
   "Variance of the entries of each layer's float32 master weights; in brackets"
@@ -208,14 +240,14 @@ def _weights(runs):
   )
   table = []
   for path in layers:
-    cells = []
+    line = []
     for run in runs:
       value, unit = run["weight_variance"].get(path), first.get(path)
-      text = "" if value is None else f"{value:.3g}"
+      text = "" if value is None else f"{value:#.3g}"
       if run is not runs[0] and value is not None and unit:
         text += f" ({value / unit:.2f})"
-      cells.append(text)
-    table.append((f"`{path or '(root)'}`", *cells))
+      line.append(text)
+    table.append((cells.code(path or "(root)"), *line))
   ratios = [run.get("weight_variance_ratio") for run in runs]
   table.append(
     (
@@ -223,21 +255,33 @@ def _weights(runs):
       *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
     )
   )
-  return table, ("weight variance", *(run["name"] for run in runs))
+  names = (cells.plain(run["name"]) for run in runs)
+  return table, ("weight variance", *names)
 
 
 def _limits(result) -> str:
+  fitted = "those of the gap and, here, of every measure: it is the training"
+  if result["split"] != "train":
+    fitted = "that of the gap: its training part is of the training"
   lines: Sequence[str] = (
     "One trained network stands behind each line. The intervals say what other"
     " examples would have given, not what another seed of training would: an"
     " effect of the method takes several seeds"
     " (`python -m experiments.compare --seeds=5`).",
+    f"Intervals over training examples say less still ({fitted} split). The"
+    " examples are resampled with the network held, although it was fitted to"
+    " them; that others would have trained another network is left out.",
     "A t-SNE picture proves nothing by itself: sizes of its clusters and the"
     " distances between them mean nothing, and another seed draws another one.",
     "Several differences are shown side by side, and their intervals are not"
     " corrected for that.",
     "A variance that is lower is no cause: precision, the learning rate and"
     " weight decay all act on it.",
+    "Whether low precision constrains variance is a wider question than is"
+    " answered here. Of activations one place is looked at, the classifier's"
+    " input, in float and ahead of any quantizer: no quantized activation is."
+    " The weights are float32 masters, not their quantized copies, and their"
+    " variances have no interval.",
   )
   if any(run["step"] < run["steps"] for run in result["runs"]):
     lines = (*lines, "Not every run is at its end: see its checkpoint's step.")

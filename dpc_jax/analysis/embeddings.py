@@ -112,8 +112,13 @@ def t_sne(
 ) -> tuple[np.ndarray, float]:
   """t-SNE (van der Maaten & Hinton 2008) by scikit-learn, begun from PCA.
 
+  On one thread, which is our decision: the number of threads changes the last
+  bits of the principal components, and with them the map; and at every one of
+  1,000 iterations threads wait for each other, busily: on two cores that had
+  other work, too, this took six times as long.
+
   Args:
-    features: float (N, F), N >= 4, finite.
+    features: float (N, F), N >= 4, F >= 2, finite.
     perplexity: about how many neighbors a point has, in (0, N); None is 30, or
       (N - 1) / 3 where that is less.
     seed: scikit-learn's random_state.
@@ -124,11 +129,16 @@ def t_sne(
   Raises:
     ValueError: an argument outside these ranges.
   """
+  import threadpoolctl
   from sklearn import manifold
 
   count = check_features(features)
   if count < 4:
     raise ValueError(f"{count} examples are too few for a picture; use 4 or up")
+  if np.shape(features)[1] < 2:
+    raise ValueError(
+      f"features of shape {np.shape(features)}: a picture needs two or more"
+    )
   if perplexity is None:
     perplexity = min(PERPLEXITY, (count - 1) / 3)
   if not 0 < perplexity < count:
@@ -142,10 +152,12 @@ def t_sne(
   # Features without any spread have no principal components.
   if not np.any(np.ptp(features, axis=0) > 0):
     raise ValueError("all features are equal: there is nothing to picture")
-  return mapping.fit_transform(np.asarray(features, np.float32)), perplexity
+  with threadpoolctl.threadpool_limits(1):
+    points = mapping.fit_transform(np.asarray(features, np.float32))
+  return points, perplexity
 
 
-def turned_to(reference: np.ndarray, points: np.ndarray) -> np.ndarray:
+def procrustes_align(reference: np.ndarray, points: np.ndarray) -> np.ndarray:
   """`points`, centered, turned and mirrored to lie as `reference` does.
 
   A map has no up and no left: distances within it stay as they are. The best

@@ -34,15 +34,16 @@ code span { display: inline-block; max-width: 100%;
   no-repeat local, linear-gradient(to left, #0003, transparent) right / .8rem
   100% no-repeat scroll; }
 .table:focus-visible, .picture:focus-visible { outline: 2px solid #0072b2; }
-table { border-collapse: collapse; font-size: .9rem;
+/* collapsed borders would stay behind where the first column is sticky */
+table { border-collapse: separate; border-spacing: 0; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd;
-  vertical-align: top; white-space: nowrap; }
+  text-align: left; vertical-align: top; white-space: nowrap; }
 th { border-bottom: 2px solid #888; vertical-align: bottom;
   white-space: normal; }
 td.long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; }
 th:first-child, td:first-child { position: sticky; left: 0;
-  background: #fff; text-align: left; }
+  background: #fff; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; max-width: none; }
 .picture { overflow-x: auto; max-width: 100%; flex: 0 1 auto; }
 img { display: block; width: 100%; height: auto; }
@@ -96,6 +97,7 @@ def page(markdown: str, folder: str | pathlib.Path) -> str:
     ("paragraph_close", _close_paragraph),
     ("table_open", _open_table),
     ("table_close", _close_table),
+    ("th_open", _open_head),
     ("td_open", _open_cell),
   ):
     parser.add_render_rule(name, rule)
@@ -115,7 +117,7 @@ def page(markdown: str, folder: str | pathlib.Path) -> str:
 def _code(self: Any, tokens, i, options, env) -> str:
   # Whole words, or a line would end within the two hyphens of a flag.
   words = html.escape(tokens[i].content).split(" ")
-  if len(words) > 1:
+  if len(words) > 1 or "-" in words[0]:
     words = [f"<span>{word}</span>" for word in words]
   return f"<code>{' '.join(words)}</code>"
 
@@ -134,7 +136,7 @@ def _image(self: Any, tokens, i, options, env) -> str:
   text = base64.b64encode(data).decode()
   what = html.escape(tokens[i].content)
   return (
-    f'<span class="picture" tabindex="0"{_box(data)}>'
+    f'<span class="picture"{_region(f"Picture: {what}")}{_box(data)}>'
     f'<img alt="{what}"{_least(data)}'
     f' src="data:{_TYPES[found.suffix]};base64,{text}"></span>'
   )
@@ -176,9 +178,28 @@ def _close_paragraph(self: Any, tokens, i, options, env) -> str:
   return "</div>\n" if is_pictures else "</p>\n"
 
 
+def _region(label: str) -> str:
+  """Attributes of a box that scrolls; `label` is escaped.
+
+  In reach of the keyboard, or it could not be scrolled by it; and what the
+  keyboard reaches has a name.
+  """
+  return f' role="region" aria-label="{label}" tabindex="0"'
+
+
 def _open_table(self: Any, tokens, i, options, env) -> str:
-  # In reach of the keyboard, or it could not be scrolled by it.
-  return '<div class="table" tabindex="0"><table>\n'
+  number = sum(token.type == "table_open" for token in tokens[: i + 1])
+  label = f"Table {number}"
+  headings = [j for j in range(i) if tokens[j].type == "heading_open"]
+  if headings:
+    parts = tokens[headings[-1] + 1].children or []
+    label += f": {''.join(part.content for part in parts)}"
+  return f'<div class="table"{_region(html.escape(label))}><table>\n'
+
+
+def _open_head(self: Any, tokens, i, options, env) -> str:
+  tokens[i].attrSet("scope", "col")
+  return self.renderToken(tokens, i, options, env)
 
 
 def _close_table(self: Any, tokens, i, options, env) -> str:
@@ -188,6 +209,9 @@ def _close_table(self: Any, tokens, i, options, env) -> str:
 def _open_cell(self: Any, tokens, i, options, env) -> str:
   align = str(tokens[i].attrs.get("style", ""))
   is_long = len(tokens[i + 1].content) > _LONG
-  if is_long:
-    return '<td class="long">'
-  return f'<td style="{html.escape(align)}">' if align else "<td>"
+  return (
+    "<td"
+    + (' class="long"' if is_long else "")
+    + (f' style="{html.escape(align)}"' if align else "")
+    + ">"
+  )

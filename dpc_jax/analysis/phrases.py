@@ -8,8 +8,9 @@ from dpc_jax.analysis import cells
 
 ABOUT_CURVES = (
   "Training loss is the mean since the line before, in the run's own"
-  " precision. Against cost, a step counts what its BitOPs are of a whole run"
-  " at the static widths."
+  " precision. Against cost, the horizontal axis is the BitOPs so far, divided"
+  " by those of a whole run at the static widths. An axis of accuracies spans"
+  " at least 0.05, so that a few images do not fill it."
 )
 ABOUT_BANDS = (
   " Lines are means over seeds, bands reach from the lowest to the highest"
@@ -27,6 +28,8 @@ LEFT_OUT = (
   " Quantization is simulated in float32, so seconds say nothing about integer"
   " hardware."
 )
+
+_Z = 1.959964  # of the normal distribution, beyond +-z 5 %
 
 
 def title(run: Mapping[str, Any], prefix: str = "") -> str:
@@ -66,12 +69,26 @@ def show(pictures: Mapping[str, str], start: str) -> list[str]:
 
 
 def binomial(mean: float, metric: str, examples: int | None) -> str:
-  """What the size of the test set leaves open; "" where that is not known."""
+  """What the size of the test set leaves open; "" where that is not known.
+
+  Wilson's score interval (1927), which stays open where every answer is right
+  or wrong: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+  with z = 1.96.
+
+  Args:
+    mean: the accuracy, in [0, 1].
+    metric: of which the mean is; nothing is said of a perplexity.
+    examples: of the test set; None if unknown.
+  """
   if metric != "accuracy" or not examples:
     return ""
-  error = math.sqrt(max(mean * (1 - mean), 0) / examples)
+  share = _Z**2 / examples
+  middle = (mean + share / 2) / (1 + share)
+  half = math.sqrt(max(mean * (1 - mean), 0) * share + share**2 / 4)
+  half /= 1 + share
+  low, high = max(middle - half, 0), min(middle + half, 1)
   return (
     f"The test set has {examples:,} examples: an accuracy of {mean:.4f} has a"
-    f" binomial standard error of {error:.4f} from the choice of these"
-    " examples, which no number of seeds makes smaller. "
+    f" binomial 95 % interval (Wilson's) of {low:.4f}..{high:.4f} from the"
+    " choice of these examples alone, which no number of seeds makes narrower. "
   )

@@ -18,6 +18,9 @@ _NAMED_LAYERS = 24
 _FAR_COST = 2.0
 # Costs closer than that must not look far apart.
 _LEAST_RANGE = 0.1
+# Nor accuracies: single images of a small test set must not fill the axis. The
+# part of the largest value that it spans at least (our decision).
+_LEAST_SPAN = 0.02
 
 
 def bits_per_layer(
@@ -46,29 +49,15 @@ def bits_per_layer(
     layout="constrained",
   )
   top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-  widest = 0
-  # Labels that share a width would hide each other: shift them sideways.
-  shift = min(0.24, 0.8 / len(runs))
-  shifts = shift * (np.arange(len(runs)) - (len(runs) - 1) / 2)
-  for i, (label, bits) in enumerate(runs.items()):
-    widths = np.array([_width(bits, name) for name in names])
-    if np.all(np.isnan(widths)):
-      continue
-    widest = max(widest, np.nanmax(widths))
-    top.plot(
-      x + shifts[i],
-      widths,
-      linestyle="none",
-      **look(i),
-      markersize=7 if len(x) <= _NAMED_LAYERS and len(runs) <= 6 else 4,
-      label=label,
-    )
-  top.set_ylabel("bits of the weights")
-  top.set_ylim(0, widest + 1)
-  top.yaxis.get_major_locator().set_params(integer=True)
-  top.grid(axis="y", alpha=0.3)
-  if len(runs) <= 4:
-    top.legend(loc="lower left", ncols=len(runs), frameon=False)
+  # Of every run with widths: (its place among all runs, its label, widths).
+  drawn = [
+    (i, label, widths)
+    for i, (label, bits) in enumerate(runs.items())
+    if not np.all(np.isnan(widths := [_width(bits, name) for name in names]))
+  ]
+  _draw_widths(top, x, drawn)
+  if len(drawn) <= 4:
+    top.legend(loc="lower left", ncols=max(len(drawn), 1), frameon=False)
   else:
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
   _draw_sizes(bottom, x, sizes)
@@ -81,12 +70,38 @@ def bits_per_layer(
   pictures.save(figure, path)
 
 
-def look(i: int) -> dict[str, str]:
-  """Color and marker of the i-th run; a color comes again with another one."""
+def look(
+  i: int, colors: Sequence[str] = COLORS, markers: Sequence[str] = MARKERS
+) -> dict[str, str]:
+  """Color and marker of the i-th run; a color comes again with another one.
+
+  All combinations come before one comes again if the number of markers divides
+  that of colors.
+  """
   return {
-    "color": COLORS[i % len(COLORS)],
-    "marker": MARKERS[(i + i // len(COLORS)) % len(MARKERS)],
+    "color": colors[i % len(colors)],
+    "marker": markers[(i + i // len(colors)) % len(markers)],
   }
+
+
+def _draw_widths(axis, x, drawn):
+  # Markers at the same width would hide each other: shift them sideways.
+  shift = min(0.24, 0.8 / max(len(drawn), 1))
+  shifts = shift * (np.arange(len(drawn)) - (len(drawn) - 1) / 2)
+  for (i, label, widths), aside in zip(drawn, shifts, strict=True):
+    axis.plot(
+      x + aside,
+      widths,
+      linestyle="none",
+      **look(i),
+      markersize=7 if len(x) <= _NAMED_LAYERS and len(drawn) <= 6 else 4,
+      label=label,
+    )
+  widest = max((np.nanmax(widths) for _, _, widths in drawn), default=0)
+  axis.set_ylabel("bits of the weights")
+  axis.set_ylim(0, widest + 1)
+  axis.yaxis.get_major_locator().set_params(integer=True)
+  axis.grid(axis="y", alpha=0.3)
 
 
 def _draw_sizes(axis, x, sizes):
@@ -147,8 +162,8 @@ def pareto(
     path: the PNG to write; the SVG lies beside it.
     metric: names the vertical axis.
     unit: of the cost.
-    highest: the metric's largest value, 1 for an accuracy: an interval is cut
-      there; None has none.
+    highest: the metric's largest value, 1 for an accuracy: the axis ends there
+      and spans 2 % of it or more; None has none.
   """
   from matplotlib.figure import Figure
 
@@ -163,14 +178,13 @@ def pareto(
   axis.grid(alpha=0.3)
   axis.spines[["top", "right"]].set_visible(False)
   axis.margins(x=0.15, y=0.12)
-  x = dict(
-    zip(near, _apart([point[0] for point in near.values()]), strict=True)
-  )
+  x = dict(zip(near, _apart([p[0] for p in near.values()]), strict=True))
   looks = {k: look(i) for i, k in enumerate(points)}
   _draw_methods(axis, near, frontier, x, looks)
   for _, mean, _, _ in far.values():
     axis.axhline(mean, color="#777777", linestyle=":", linewidth=1.5)
-  _end(axis, highest)
+  if highest is not None:
+    end_axis(axis, highest, _LEAST_SPAN)
   figure.draw_without_rendering()
   # The names must not move what they were placed around.
   figure.set_layout_engine("none")
@@ -186,11 +200,21 @@ def pareto(
   pictures.save(figure, path, dpi=200)
 
 
-def _end(axis, highest):
-  """Cuts the axis just above a metric's largest value."""
-  if highest is not None:
-    bottom, top = axis.get_ylim()
-    axis.set_ylim(top=min(top, highest + 0.04 * (highest - bottom)))
+def end_axis(axis: Any, highest: float, least: float) -> None:
+  """Fits the vertical axis to a metric whose largest value is known.
+
+  Args:
+    axis: linear, with all drawn.
+    highest: the largest value, 1 for an accuracy; the axis ends just above it.
+    least: the part of it that the axis spans at least.
+  """
+  bottom, top = axis.get_ylim()
+  missing = max(least * highest - (top - bottom), 0)
+  bottom, top = bottom - missing / 2, top + missing / 2
+  if top > highest:
+    bottom = min(bottom, highest - least * highest)
+    top = min(top, highest + 0.04 * (highest - bottom))
+  axis.set_ylim(bottom, top)
 
 
 def _apart(costs):

@@ -1,5 +1,6 @@
 """Tables and a Markdown report of a grid of finished runs."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,16 +13,29 @@ _ABOUT_PARETO = (
   " is at least as good and as cheap. Points of almost equal cost stand side by"
   " side."
 )
+_UNKNOWN_COMMAND = (
+  "No record says which command trained all of these runs; the `config.json` of"
+  " each one has its fields."
+)
+
+# A word within a column of figures that does not make it one of text.
+_STAND_INS = {"float", "inf", "nan", "none"}
+_NUMBER = re.compile(r"(?<!\w)\d[\d,.]*(?:e[-+]?\d+|x|%)?")
 
 
 def text_table(table: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-  """Aligned columns for a terminal; the first one is flushed left."""
+  """Aligned columns for a terminal: figures flush right, text flush left.
+
+  The first column is flush left. Another is of text if any cell has a word: a
+  unit other than % and x, too, which belongs into the header.
+  """
   lines = [tuple(header), *table]
   sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  is_right = _is_right(table, header)
   text = [
     "  ".join(
-      cell.ljust(size) if i == 0 else cell.rjust(size)
-      for i, (cell, size) in enumerate(zip(line, sizes, strict=True))
+      cell.rjust(size) if right else cell.ljust(size)
+      for cell, size, right in zip(line, sizes, is_right, strict=True)
     ).rstrip()
     for line in lines
   ]
@@ -33,15 +47,25 @@ def markdown_table(
   table: Sequence[Sequence[str]], header: Sequence[str]
 ) -> str:
   """The same as a Markdown table; a bar within a cell stays a bar."""
+  marks = ["---:" if right else "---" for right in _is_right(table, header)]
   header, *table = (
     [cell.replace("|", "\\|") for cell in line] for line in (header, *table)
   )
-  lines = [
-    "| " + " | ".join(header) + " |",
-    "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|",
-  ]
+  lines = ["| " + " | ".join(header) + " |", "|" + "|".join(marks) + "|"]
   lines += ["| " + " | ".join(line) + " |" for line in table]
   return "\n".join(lines)
+
+
+def _is_right(table, header) -> list[bool]:
+  """Whether a column is flush right, for each one."""
+  columns = list(zip(header, *table, strict=True))
+  return [False, *(_are_figures(cells) for _, *cells in columns[1:])]
+
+
+def _are_figures(column: Sequence[str]) -> bool:
+  text = " ".join(_NUMBER.sub("0", cell) for cell in column)
+  words = set(re.findall(r"[^\W\d]\w*", text))
+  return not words or (words <= _STAND_INS and "0" in text)
 
 
 def short(result: comparison_lib.Comparison) -> str:
@@ -79,7 +103,7 @@ def comparison(
   result: comparison_lib.Comparison,
   runs: comparison_lib.Runs,
   *,
-  command: str,
+  command: str | None,
   failures: Sequence[comparison_lib.Failure] = (),
   pictures: Mapping[str, str] | None = None,
 ) -> str:
@@ -88,7 +112,7 @@ def comparison(
   Args:
     result: what `comparison.compare` made of the runs.
     runs: {method: {seed: summary}}, at least one run.
-    command: what was typed.
+    command: what trained the runs, as it was typed; None if that is not known.
     failures: the cells that did not finish.
     pictures: {file: what it shows} of those drawn besides `pareto.png` and, of
       a grid with any quantized layer, `bits.png`: files that begin with
@@ -162,7 +186,7 @@ def _what_ran(summaries, command, failures) -> list[str]:
   return [
     phrases.title(run),
     "",
-    cells.code(command),
+    _UNKNOWN_COMMAND if command is None else cells.code(command),
     "",
     f"{run['steps']:,} steps per run; {cells.seeds(seeds)};"
     f" {phrases.environment(summaries)}.",

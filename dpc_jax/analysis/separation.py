@@ -2,9 +2,12 @@
 
 Each measure is a ratio of sums over examples, so that a resample costs one
 weighted sum. What is resampled are the examples; the network, and for the
-nearest neighbors the reference set, stay: the intervals say what other examples
-would have given, nothing about another seed of training. Distances are
-Euclidean, all sums float64.
+nearest neighbors the reference set, stay. Of examples that the network was not
+fitted to, an interval says what others of their kind would have given; nothing
+about another seed of training. Of training examples it says less (those of
+`gap`, and of every measure of the training split): they, too, are resampled
+with the network held, and that others would have trained another network is
+left out. Distances are Euclidean, all sums float64.
 """
 
 import dataclasses
@@ -78,6 +81,12 @@ def silhouette(features: np.ndarray, labels: np.ndarray) -> Measure:
   The numerator is therefore s_k + sum_i d s_i / d weight_k, whose mean over k
   is the mean of s: a resample is right to first order in the weights (the
   infinitesimal jackknife), and its duplicates are not each other's neighbors.
+
+  It is that of these many examples: b_i is the least of several estimates, and
+  the fewer examples of classes that hardly differ, the lower. Measured on 10
+  Gaussian classes in 64 dimensions, 36 examples each: 0.118 on average where
+  600 each gave 0.121, but 0.007 where they gave 0.013. Compare it on the same
+  examples only.
 
   Args:
     features: float (N, F).
@@ -176,31 +185,54 @@ def neighbor_accuracy(
 
 
 def scatter_ratio(features: np.ndarray, labels: np.ndarray) -> Measure:
-  """Scatter between classes over scatter within: tr(S_B) / tr(S_W).
+  """Scatter between classes over scatter within, tr(S_B) / tr(S_W), unbiased.
 
   tr(S_W) = sum_i ||x_i - mu_c(i)||^2 and tr(S_B) = sum_c n_c ||mu_c - mu||^2,
-  mu_c the mean of class c, mu that of all, n_c its examples. Together they are
-  sum_i ||x_i - mu||^2, so the ratio is that sum over tr(S_W), minus 1. It stays
-  as it is when features are shifted, turned or scaled by one factor, and so
-  compares runs whose features differ in scale, on the same examples. Scaled one
-  by one, features give another ratio.
+  mu_c the mean of class c, mu that of all, n_c its examples. Of N examples of C
+  classes their ratio R is not what centers known exactly would give: chance
+  moves estimated centers apart, which adds (C - 1) s^2 to the expected tr(S_B),
+  s^2 the variance within a class summed over features, and puts them amid
+  their own examples, which leaves (N - C) s^2 of N s^2 in tr(S_W). So this is
 
-  The means minimize both sums: when they are held in a resample, the error is
-  of second order.
+    (R - (C - 1) / (N - C)) (N - C) / N,
+
+  the analysis of variance's corrected effect (Cohen's f^2 = w / (1 - w), w the
+  omega squared of Hays 1963). The expectations are those of classes of one
+  size or of one spread; where both differ a little bias stays. 0: the centers
+  differ by no more than chance; below 0: by less.
+
+  As S_W + S_B is the scatter about mu, it is one ratio of sums, minus a
+  constant. It stays as it is when features are shifted, turned or scaled by one
+  factor, and so compares runs whose features differ in scale, on the same
+  examples. Scaled one by one, features give another ratio. The means minimize
+  both sums: when they are held in a resample, the error is of second order.
+
+  Args:
+    features: float (N, F).
+    labels: int (N,), of C classes, 2 <= C < N.
 
   Raises:
-    ValueError: features that are not finite, one class, or no scatter within.
+    ValueError: features that are not finite, one class, no more examples than
+      classes, or no scatter within.
   """
   _, classes = _check(features, labels)
+  n, count = len(classes), classes.max() + 1
+  if n <= count:
+    raise ValueError(
+      f"too few examples: each of the {n} is alone in its class; measure more"
+    )
   x = np.asarray(features, np.float64)
-  centers = np.stack(
-    [x[classes == c].mean(0) for c in range(classes.max() + 1)]
-  )
+  centers = np.stack([_center(x[classes == c]) for c in range(count)])
   within = np.square(x - centers[classes]).sum(1)
   if not within.sum() > 0:
     raise ValueError("features do not vary within any class: no ratio")
   total = np.square(x - x.mean(0)).sum(1)
-  return Measure(total, within, offset=-1.0)
+  return Measure(total * ((n - count) / n), within, offset=-(n - 1) / n)
+
+
+def _center(x) -> np.ndarray:
+  """The mean; of equal rows exactly that row, which a sum may round away."""
+  return x[0] + (x - x[0]).mean(0)
 
 
 def feature_variance(features: np.ndarray) -> Measure:
@@ -231,7 +263,11 @@ def relative_variance(features: np.ndarray) -> Measure:
 def estimate(
   measure: Measure, *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> Estimate:
-  """The measure with its interval, examples resampled with replacement."""
+  """The measure with its interval, examples resampled with replacement.
+
+  Raises:
+    ValueError: so few examples that a resample has nothing to divide by.
+  """
   drawn = _resampled([measure], resamples, (seed, 0))[:, 0]
   return _estimate(measure.value, drawn, measure)
 
@@ -248,7 +284,7 @@ def difference(
   Paired: each resample takes the same examples for both.
 
   Raises:
-    ValueError: other numbers of examples.
+    ValueError: other numbers of examples, or too few as in `estimate`.
   """
   drawn = _resampled([measure, reference], resamples, (seed, 0))
   value = measure.value - reference.value
@@ -265,6 +301,10 @@ def gap(
 ) -> Estimate:
   """train - test, the two sets of examples resampled independently.
 
+  The training examples are resampled with the network held, although it was
+  fitted to them: that others would have trained another one is left out, and
+  the interval is that of this network's gap.
+
   Args:
     train: on the training examples, their accuracy for instance.
     test: on others.
@@ -275,6 +315,9 @@ def gap(
 
   Returns:
     `n` is that of `test`.
+
+  Raises:
+    ValueError: other numbers of examples, or too few as in `estimate`.
   """
   pairs = [(train, test)] + ([] if reference is None else [reference])
   of_train = _resampled([pair[0] for pair in pairs], resamples, (seed, 1))
@@ -303,6 +346,11 @@ def _resampled(measures, resamples, seed) -> np.ndarray:
     picks = rng.integers(count, size=count)
     row[:] = np.bincount(picks, minlength=count) @ sums
   above, below = np.split(drawn, 2, axis=1)
+  if not np.all(below > 0):
+    raise ValueError(
+      f"too few examples: a resample of the {count} has nothing to divide by;"
+      " measure more"
+    )
   return above / below + [measure.offset for measure in measures]
 
 

@@ -27,7 +27,7 @@ def weight_variances(params: Mapping[str, Any]) -> dict[str, float]:
   }
 
 
-def mean_ratio(
+def geometric_mean_ratio(
   variances: Mapping[str, float], reference: Mapping[str, float]
 ) -> float | None:
   """Geometric mean over layers of variance / reference; None without any.

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from dpc_jax.analysis import plots, report
+from dpc_jax.analysis import pictures, plots, report
 from dpc_jax.training import build, checks, sharding
 from dpc_jax.training import state as state_lib
 from experiments import cli
@@ -133,7 +133,7 @@ def _draw(result: Any, path: pathlib.Path) -> None:
   figure.legend(
     handles, labels, loc="outside right upper", fontsize=7, frameon=False
   )
-  figure.savefig(path, dpi=150)
+  pictures.save(figure, path)
 
 
 def main() -> None:

@@ -82,14 +82,34 @@ def test_signals_are_drawn(tmp_path):
   assert np.any(whole != draw(tmp_path / "calm.png", signals=calm))
 
 
-def test_bits_have_whole_numbers_on_their_scale(monkeypatch):
+@pytest.fixture
+def figure(monkeypatch):
   figures = []
   monkeypatch.setattr(
     adaptive_plot.pictures, "save", lambda f, path, dpi: figures.append(f)
   )
   adaptive_plot.bits_over_time(SIGNALS, MOVES, ("blocks", "a"), "x.png")
+  return figures[0]
+
+
+def test_the_legend_says_what_a_mark_means(figure):
+  (legend,) = figure.legends
+  means = {
+    text.get_text(): handle.get_marker()
+    for text, handle in zip(
+      legend.get_texts(), legend.legend_handles, strict=True
+    )
+  }
+  assert means == {
+    "gains a bit": "^",
+    "loses a bit": "v",
+    "gives one to the budget": "X",
+  }
+
+
+def test_bits_have_whole_numbers_on_their_scale(figure):
   (scale,) = (
-    axis for axis in figures[0].axes if axis.get_ylabel().startswith("bits")
+    axis for axis in figure.axes if axis.get_ylabel().startswith("bits")
   )
   np.testing.assert_array_equal(scale.get_yticks(), [3, 4, 5, 6])
 

@@ -102,6 +102,50 @@ def test_a_loss_of_many_magnitudes_has_a_logarithmic_axis(drawn, last, scale):
   assert figure.axes[0].get_yscale() == scale
 
 
+def test_an_axis_of_accuracies_is_linear_and_spans_more_than_an_image(drawn):
+  def tests(*accuracies):
+    return [
+      line(i, "test", accuracy=a, perplexity=2 / a, loss=1.0)
+      for i, a in enumerate(accuracies, 1)
+    ]
+
+  of_chance = {"dpc": {0: tests(0.02, 0.7)}}
+  assert drawn(of_chance).axes[1].get_yscale() == "linear"
+  figure = drawn(of_chance, metric="perplexity")
+  assert figure.axes[1].get_yscale() == "log"
+  # Three of 360 images.
+  for last in (0.9806, 1.0):
+    axis = drawn({"dpc": {0: tests(last - 3 / 360, last)}}).axes[1]
+    bottom, top = axis.get_ylim()
+    assert 0.0499 < top - bottom < 0.0525
+    assert bottom < last - 3 / 360 and last < top < 1.003
+  # A wide one stays as it is.
+  bottom, top = drawn(of_chance).axes[1].get_ylim()
+  assert top - bottom == pytest.approx(1.1 * 0.68)
+
+
+def test_a_level_line_does_not_make_an_axis_logarithmic(drawn):
+  far = [line(i, loss=loss, relative_cost=15.0) for i, loss in ((1, 9), (2, 2))]
+  near = [line(1, loss=0.3), line(2, loss=0.2)]
+  lines = {"float": {0: far}, "dpc": {0: near}}
+  figure = drawn(lines, against="cost", steps=2)
+  assert figure.axes[0].get_yscale() == "linear"
+  assert drawn(lines).axes[0].get_yscale() == "log"
+
+
+def test_axes_say_what_they_are(drawn):
+  lines = {"dpc": {0: run()}}
+  for against, x in (
+    ("steps", "step"),
+    ("cost", "cost so far, in runs of uniform 6/6"),
+  ):
+    top, bottom = drawn(
+      lines, against=against, steps=40, unit="uniform 6/6"
+    ).axes
+    assert top.get_ylabel() == "training loss"
+    assert (bottom.get_xlabel(), bottom.get_ylabel()) == (x, "test accuracy")
+
+
 def test_many_methods_share_no_color_and_style(drawn):
   figure = drawn({f"m{i}": {0: run()} for i in range(13)})
   looks = {

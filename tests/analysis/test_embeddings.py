@@ -1,14 +1,15 @@
-"""What a classifier sees, its flat picture, and the files of the figure."""
+"""What a classifier sees, and its flat picture."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+import threadpoolctl
+from sklearn import manifold
 
 import dpc_jax as dpc
-from dpc_jax.analysis import embedding_plot, embeddings
+from dpc_jax.analysis import embeddings
 from tests.training import tiny
 
 
@@ -109,6 +110,21 @@ def test_t_sne_keeps_blobs_apart_and_repeats_itself():
   np.testing.assert_array_equal(points, embeddings.t_sne(features)[0])
 
 
+def test_t_sne_is_on_one_thread(monkeypatch):
+  seen = []
+
+  def record(self, features):
+    seen.extend(pool["num_threads"] for pool in threadpoolctl.threadpool_info())
+    return features[:, :2]
+
+  monkeypatch.setattr(manifold.TSNE, "fit_transform", record)
+  with threadpoolctl.threadpool_limits(2):
+    embeddings.t_sne(blobs()[0])
+    after = [pool["num_threads"] for pool in threadpoolctl.threadpool_info()]
+  assert set(seen) == {1}
+  assert set(after) == {2}
+
+
 def test_what_cannot_be_pictured():
   features, _ = blobs()
   for perplexity in (0, 60, -1, np.nan):
@@ -116,6 +132,8 @@ def test_what_cannot_be_pictured():
       embeddings.t_sne(features, perplexity=perplexity)
   with pytest.raises(ValueError, match="3 examples are too few"):
     embeddings.t_sne(features[:3])
+  with pytest.raises(ValueError, match=r"\(60, 1\): a picture needs two"):
+    embeddings.t_sne(features[:, :1])
   with pytest.raises(ValueError, match="all features are equal"):
     embeddings.t_sne(np.ones((9, 4)))
   features[2, 3] = np.nan
@@ -128,56 +146,9 @@ def test_a_map_is_turned_and_mirrored_only():
   points = rng.normal(size=(20, 2))
   turn = np.array([[0.6, -0.8], [0.8, 0.6]])
   turned = (points * [1, -1]) @ turn + [3, 7]
-  back = embeddings.turned_to(points, turned)
+  back = embeddings.procrustes_align(points, turned)
   np.testing.assert_allclose(back, points - points.mean(0), atol=1e-12)
   # Of another size: it stays so.
   np.testing.assert_allclose(
-    embeddings.turned_to(points, 2 * turned), 2 * back, atol=1e-12
+    embeddings.procrustes_align(points, 2 * turned), 2 * back, atol=1e-12
   )
-
-
-def panel(name, count, classes, rng):
-  return embedding_plot.Panel(
-    name,
-    rng.normal(size=(count, 2)),
-    np.arange(count) % classes,
-    [f"below {name}"],
-  )
-
-
-def test_the_figure_has_panels_and_one_legend(tmp_path):
-  rng = np.random.default_rng(0)
-  names = [f"class-{i}" for i in range(10)]
-  panels = [panel(name, 50, 10, rng) for name in ("float", "dpc")]
-  paths = [tmp_path / "a.png", tmp_path / "a.svg"]
-  embedding_plot.draw(panels, names, paths)
-  with Image.open(paths[0]) as image:
-    width, height = image.size
-    assert width > 1.2 * height > 600
-  svg = paths[1].read_text()
-  for text in ("float", "dpc", "below float", "below dpc", *names):
-    assert svg.count(f">{text}</text>") == 1, text
-  embedding_plot.draw(panels, names, paths)
-  assert paths[1].read_text() == svg
-
-
-def test_many_classes_and_runs(tmp_path):
-  rng = np.random.default_rng(0)
-  names = [f"class-{i}" for i in range(100)]
-  panels = [panel(f"run {i}", 200, 100, rng) for i in range(4)]
-  embedding_plot.draw(panels, names, [tmp_path / "a.svg"])
-  svg = (tmp_path / "a.svg").read_text()
-  assert "class-" not in svg
-  assert svg.count(">below run") == 4
-
-
-def test_strays_lie_among_another_class():
-  points = np.array([[0, 0], [1, 0], [9, 9], [9, 9], [9, 8], [8, 9]])
-  strays = embedding_plot._strays(points, np.array([3, 3, 3, 7, 7, 7]))
-  assert strays.tolist() == [False, False, True, False, False, False]
-
-
-def test_classes_differ_in_color_or_marker():
-  looks = [tuple(embedding_plot._look(i).values()) for i in range(50)]
-  assert len(set(looks)) == 50
-  assert len({color for color, _ in looks[:10]}) == 10

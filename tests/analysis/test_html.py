@@ -123,6 +123,11 @@ def test_pictures_are_inside_and_nothing_is_loaded(tmp_path):
   assert first["style"] == "min-width:600px"
   boxes = [attrs for tag, attrs in parser.tags if tag == "span"]
   assert boxes[0]["style"] == "width:960px"
+  assert [(box["role"], box["aria-label"]) for box in boxes] == [
+    ("region", 'Picture: one "1"'),
+    ("region", "Picture: two"),
+  ]
+  assert all(box["tabindex"] == "0" for box in boxes)
   policy = next(a for t, a in parser.tags if "http-equiv" in a)["content"]
   assert policy.startswith("default-src 'none'")
   assert not re.search(r"https?://|url\(|@import|src=\"(?!data:)", page)
@@ -137,20 +142,54 @@ def test_only_pictures_beside_the_report_are_taken(tmp_path, source):
 
 
 def test_a_table_has_its_own_box_that_the_keyboard_reaches(tmp_path):
-  markdown = report.markdown_table([("a", "1"), ("b", "x" * 60)], ("n", "m"))
-  parser = parse(html.page(markdown, tmp_path))
-  tags = [tag for tag, _ in parser.tags]
-  box = parser.tags[tags.index("table") - 1]
-  assert box == ("div", {"class": "table", "tabindex": "0"})
-  _, short, _, long = (a for tag, a in parser.tags if tag == "td")
+  markdown = report.markdown_table([("a", "1"), ("b", "2" * 60)], ("n", "m"))
+  text = f"{markdown}\n\n## A `b` & \\<c\\>\n\n{markdown}\n\nx\n\n{markdown}\n"
+  parser = parse(html.page(text, tmp_path))
+  boxes = [
+    parser.tags[i - 1]
+    for i, (tag, _) in enumerate(parser.tags)
+    if tag == "table"
+  ]
+  names = ["Table 1", "Table 2: A b & <c>", "Table 3: A b & <c>"]
+  assert boxes == [
+    (
+      "div",
+      {"class": "table", "role": "region", "aria-label": x, "tabindex": "0"},
+    )
+    for x in names
+  ]
+  assert [a for tag, a in parser.tags if tag == "th"][:2] == [
+    {"scope": "col"},
+    {"style": "text-align:right", "scope": "col"},
+  ]
+  _, short, _, long = [a for tag, a in parser.tags if tag == "td"][:4]
   assert short == {"style": "text-align:right"}
-  assert long == {"class": "long"}
+  assert long == {"class": "long", "style": "text-align:right"}
+
+
+def test_figures_are_flush_right_and_words_flush_left(tmp_path):
+  table = [("a", "0.5", "better"), ("b", "-1", "worse")]
+  markdown = report.markdown_table(table, ("n", "value", "verdict"))
+  page = html.page(markdown, tmp_path)
+  tags = [(t, a) for t, a in parse(page).tags if t in ("th", "td")]
+  styles = [attrs.get("style") for _, attrs in tags]
+  assert styles == [None, "text-align:right", None] * 3
+  # A browser would center the heads.
+  assert re.search(r"\nth, td {[^}]*text-align: left", page)
+
+
+def test_lines_of_rows_move_with_a_first_column_that_is_sticky(tmp_path):
+  page = html.page("no heading", tmp_path)
+  assert re.search(r"td:first-child {[^}]*position: sticky", page)
+  # A collapsed border is the table's, and stays behind.
+  assert re.search(r"\ntable {[^}]*border-collapse: separate", page)
 
 
 def test_a_long_command_breaks_between_its_flags(tmp_path):
-  page = html.page("`a.py --one=1 --two=2` and `word`", tmp_path)
+  page = html.page("`a.py --one=1 --two=2`, `word`, `--flag`", tmp_path)
   assert "<code><span>a.py</span> <span>--one=1</span> <span>" in page
   assert "<code>word</code>" in page
+  assert "<code><span>--flag</span></code>" in page
 
 
 def test_it_says_how_it_is_read(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 from dpc_jax.analysis import pictures
 
@@ -17,6 +18,17 @@ def test_png_and_svg_of_the_same_name(tmp_path):
   assert {p.name for p in tmp_path.iterdir()} == {"a.b.png", "a.b.svg"}
   assert (tmp_path / "a.b.png").read_bytes().startswith(b"\x89PNG")
   assert b"<svg" in (tmp_path / "a.b.svg").read_bytes()
+
+
+def test_one_kind_alone_and_without_its_margins(tmp_path):
+  pictures.save(draw(), tmp_path / "a.png")
+  pictures.save(draw(), tmp_path / "b.png", suffixes=[".png"], is_trimmed=True)
+  assert not (tmp_path / "b.svg").exists()
+  with Image.open(tmp_path / "a.png") as a, Image.open(tmp_path / "b.png") as b:
+    assert a.size == (300, 150)
+    assert b.size != a.size
+  with pytest.raises(ValueError, match=r"a\.pdf: use \.png or \.svg"):
+    pictures.save(draw(), tmp_path / "a.pdf", suffixes=[".pdf"])
 
 
 def test_the_svg_is_the_same_whenever_it_is_made(tmp_path):

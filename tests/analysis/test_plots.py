@@ -84,6 +84,26 @@ def test_a_float_run_leaves_no_marker(tmp_path):
   assert len(pixels(tmp_path / "bits.png", plots.COLORS[0])) == 0
 
 
+@pytest.fixture
+def figures(monkeypatch):
+  """What would have been saved."""
+  found = []
+  monkeypatch.setattr(
+    plots.pictures, "save", lambda figure, *_, **__: found.append(figure)
+  )
+  return found
+
+
+def test_a_float_run_takes_no_room_beside_a_tick(figures):
+  def draw(*widths):
+    runs = {f"dpc{b}": dict.fromkeys(CAPACITIES, (b, b, 8)) for b in widths}
+    plots.bits_per_layer({"float": {}} | runs, CAPACITIES, "x.png")
+    return [line.get_xdata() for line in figures[-1].axes[0].lines]
+
+  np.testing.assert_allclose(draw(5), [[0, 1, 2]])
+  np.testing.assert_allclose(np.mean(draw(5, 3), 0), [0, 1, 2])
+
+
 def test_similarity_is_drawn_on_an_axis_that_keeps_its_nines_apart(tmp_path):
   path = tmp_path / "bounds.png"
   # 1 - similarity of the mean is 0.1, 0.01, 0.001: a straight line.
@@ -183,6 +203,20 @@ def test_pareto_ends_at_the_largest_value(tmp_path):
     heights.append(wide / exact)
   assert heights[0] == pytest.approx(1.9, rel=0.03)
   assert heights[1] == pytest.approx(1.04, abs=0.03)
+
+
+def test_pareto_of_accuracies_spans_more_than_an_image(figures):
+  points = {
+    "a": (0.5, 0.98, None, None),
+    "b": (0.7, 0.98 + 1 / 360, None, None),
+  }
+  spans = []
+  for highest in (1.0, None):
+    plots.pareto(points, [], "x.png", metric="accuracy", highest=highest)
+    bottom, top = figures[-1].axes[0].get_ylim()
+    assert bottom < 0.98 and 0.98 + 1 / 360 < top <= 1
+    spans.append(top - bottom)
+  assert spans == pytest.approx([0.02, 1.24 / 360])
 
 
 def test_pareto_moves_equal_costs_apart_and_keeps_their_order():

@@ -100,6 +100,38 @@ def test_text_table_is_aligned():
   ]
 
 
+@pytest.mark.parametrize(
+  ("cells", "is_right"),
+  [
+    (["1", "1,000", "-"], True),
+    (["0.8606 ± 0.0496", "+0.0106 [+0.0095, +0.0118]", "<0.001"], True),
+    (["8/8/8", "float"], True),
+    (["float", "float"], False),
+    (["30.2%", "none (15.8x)"], True),
+    (["1e-05", "nan", "1.2e+06", "inf"], True),
+    (["8 → 7", "10 → 9"], True),
+    (["`3`", "(0.5, 0.75)"], True),
+    (["-", ""], True),
+    ([], True),
+    (["better", "worse"], False),
+    (["1.001x", "1.034x, **not of equal cost**"], False),
+    (["8", "digits"], False),
+    (["resnet8", "resnet20"], False),
+    (["float32", "8"], False),
+    (["step 449 of 449"], False),
+    (["`stage1/block0/conv1`"], False),
+    (["12 s"], False),
+  ],
+)
+def test_a_column_of_figures_is_flush_right(cells, is_right):
+  table = [("x", cell) for cell in cells]
+  mark = report.markdown_table(table, ("a", "head")).splitlines()[1]
+  assert mark == ("|---|---:|" if is_right else "|---|---|")
+  text = report.text_table([*table, ("x", "")], ("a", "a longer head" * 9))
+  for cell, line in zip(cells, text.splitlines()[2:], strict=False):
+    assert line.endswith(cell) and line.startswith(f"x  {cell}") != is_right
+
+
 def test_markdown_table():
   out = report.markdown_table([("a|b", "1")], ("name", "n"))
   assert out.splitlines() == ["| name | n |", "|---|---:|", "| a\\|b | 1 |"]
@@ -180,7 +212,7 @@ def test_failed_runs_are_listed():
 def test_size_of_the_test_set():
   out = text(one(dpc=summary(0.9, test_examples=10_000)))
   assert "10,000 examples: an accuracy of 0.9000" in out
-  assert "standard error of 0.0030" in out
+  assert "interval (Wilson's) of 0.8940..0.9057" in out
   assert "binomial" not in text(one(dpc=summary(0.9)))
 
 

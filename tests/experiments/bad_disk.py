@@ -3,13 +3,17 @@
 import gzip
 import io
 import json
+import math
 import pathlib
 import shutil
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
+
+from tests.experiments import summaries
 
 _FEATURES = "tensorflow_datasets.core.features"
 _TEXT = "a b c <unk>\n" * 20
@@ -35,6 +39,113 @@ def make(disk: pathlib.Path, run: pathlib.Path) -> None:
   for split in ("train", "valid", "test"):
     content = gzip.compress(_TEXT.encode())[:-9]
     _write(disk / "gzip" / "ptb" / f"ptb.{split}.txt.gz", content)
+
+
+def add_saved(disk: pathlib.Path, run: pathlib.Path) -> None:
+  """Adds what the programs read that take finished runs.
+
+  Args:
+    disk: the folder.
+    run: a workdir with a checkpoint, of images.
+  """
+  shutil.copytree(run, disk / "saved" / "run")
+  config = (run / "config.json").read_text()
+  for name, changes in {
+    "bare": {},
+    "cifar10": {"data": {"name": "cifar10"}},
+    "holdout": {"data": {"holdout": 300}},
+    "text": {
+      "data": {"name": "ptb", "fake": True, "holdout": 0, "unroll": 35},
+      "model": {"name": "lstm_lm", "width": 8},
+    },
+    "batch": {"batch_size": 0},
+    "types": {"steps": "many"},
+  }.items():
+    changed = json.loads(config)
+    for field, value in changes.items():
+      if isinstance(value, dict):
+        value = changed.get(field, {}) | value
+      changed[field] = value
+    _write_run(disk / "saved" / name, json.dumps(changed).encode())
+  for name, content in {
+    "cut": config.encode()[:100],
+    "list": b"[]\n",
+    "number": b"3\n",
+    "bytes": b"\xff\xfe\x00",
+  }.items():
+    _write_run(disk / "saved" / name, content)
+  _reported(disk / "reported")
+
+
+def _write_run(folder: pathlib.Path, config: bytes) -> None:
+  """A run that has saved nothing yet."""
+  _write(folder / "config.json", config)
+  (folder / "checkpoints").mkdir()
+
+
+def _reported(folder: pathlib.Path) -> None:
+  """Finished runs, each with one file that is wrong, and grids of them."""
+  summary = summaries.made_up("dpc", 0)
+  config = {"seed": 0, "precision": {"b_max": 8}}
+  metrics = {"step": 1, "split": "test", "relative_cost": 0.5, "accuracy": 0.5}
+  move = {"step": 0, "path": "first", "old": None, "new": [8, 8, 8]}
+  move["reason"] = "start"
+  whole: dict[str, Any] = {
+    "summary.json": summary,
+    "config.json": config,
+    "metrics.jsonl": metrics,
+  }
+  for name, changes in {
+    "summary_cut": {"summary.json": b'{"method": "dp'},
+    "summary_list": {"summary.json": []},
+    "summary_bytes": {"summary.json": b"\xff\xfe\x00"},
+    "summary_empty": {"summary.json": b""},
+    "summary_fields": {"summary.json": {"method": "dpc"}},
+    "summary_steps": {"summary.json": summary | {"steps": "many"}},
+    "summary_metric": {"summary.json": summary | {"metric": "loss"}},
+    "summary_nan": {"summary.json": summary | {"test_accuracy": math.nan}},
+    "summary_bits": {"summary.json": summary | {"bits": {"first": [17, 8, 8]}}},
+    "summary_paths": {"summary.json": summary | {"bits": {"x": [8, 8, 8]}}},
+    "summary_layers": {"summary.json": summary | {"layers": []}},
+    "config_cut": {"config.json": b'{"seed"'},
+    "config_list": {"config.json": []},
+    "config_fields": {"config.json": {}},
+    "config_types": {"config.json": {"precision": 8}},
+    "config_width": {"config.json": {"precision": {"b_max": 99}}},
+    "metrics_cut": {"metrics.jsonl": b'{"step"\n{}\n'},
+    "metrics_fields": {"metrics.jsonl": {"step": 1}},
+    "metrics_types": {"metrics.jsonl": metrics | {"accuracy": "high"}},
+    "moves": {"bits.jsonl": move | {"new": 8}},
+    "signals": {"bits.jsonl": move, "signals.jsonl": {"step": 1}},
+    "signals_paths": {
+      "bits.jsonl": move,
+      "signals.jsonl": {"step": 1, "signals": {"second": 0.5}},
+    },
+  }.items():
+    _write_files(folder / name, whole | changes)
+  for name, field, value in (
+    ("data_sets", "dataset", "cifar10"),
+    ("lengths", "steps", 9),
+  ):
+    for method, changes in (("dpc", {}), ("cpt", {field: value})):
+      changed = {"summary.json": summary | {"method": method} | changes}
+      _write_files(folder / name / method / "seed0", whole | changed)
+  _write(folder / "begun" / "dpc" / "seed0" / "config.json", b"{}")
+  grid = {f"dpc/seed0/{name}": content for name, content in whole.items()}
+  for name, results in {
+    "results_cut": b'{"command": "py',
+    "results_list": [],
+    "results_runs": {"runs": 5},
+    "results_failures": {"failures": [{"method": "cpt"}]},
+  }.items():
+    _write_files(folder / name, grid | {"results.json": results})
+
+
+def _write_files(folder: pathlib.Path, files: dict[str, Any]) -> None:
+  for name, content in files.items():
+    if not isinstance(content, bytes):
+      content = json.dumps(content).encode()
+    _write(folder / name, content)
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, bytes | None]:

@@ -1,12 +1,15 @@
 """What people get wrong, and the line that each mistake ends in.
 
 A row is `ARGUMENTS -> WORDS`: `a=1` stands for --config.a=1, {disk} for the
-folder of `bad_disk`, {digits} for a recipe, and ` ... ` for what lies between
-words of the line.
+folder of `bad_disk`, {run} for a run in it, {new} for a folder that is not
+there, {digits} for a recipe, and ` ... ` for what lies between words of the
+line.
 """
 
 import pathlib
 from typing import Any, NamedTuple
+
+from tests.experiments import bad_saved
 
 
 class Group(NamedTuple):
@@ -26,7 +29,10 @@ class Group(NamedTuple):
 
 
 # Programs that read their flags by argparse.
-PLAIN = ("adaptive.curves", "bench.input", "prepare_imagenet")
+PLAIN = (
+  *("adaptive.curves", "bench.input", "embeddings", "prepare_imagenet"),
+  "report",
+)
 
 DIGITS = "configs/digits_resnet8.py:dpc"
 VIT = "configs/digits_vit_tiny.py:dpc"
@@ -350,6 +356,8 @@ GROUPS = (
   Group("adaptive", "adaptive.autocorrelation", DIGITS, _AUTOCORRELATION),
   Group("adaptive", "adaptive.curves", "", _CURVES),
   Group("prepare_imagenet", "prepare_imagenet", "", _PREPARE),
+  Group("report", "report", "", bad_saved.REPORT),
+  Group("embeddings", "embeddings", "", bad_saved.EMBEDDINGS),
 )
 
 
@@ -368,7 +376,12 @@ def argv(
   group: Group, arguments: tuple[str, ...], workdir: pathlib.Path, disk: Any
 ) -> list[str]:
   """The command line of a row."""
-  places = {"{disk}": str(disk), "{digits}": DIGITS.split(":")[0]}
+  places = {
+    "{disk}": str(disk),
+    "{digits}": DIGITS.split(":")[0],
+    "{run}": str(disk / "saved" / "run"),
+    "{new}": str(workdir),
+  }
   line = [f"--config={group.recipe}"] if group.recipe else []
   line.append(f"--workdir={workdir}")
   for argument in arguments:

@@ -70,12 +70,13 @@ def call(program, argv, monkeypatch, compile_programs=compiles):
 
 
 @pytest.fixture(scope="module")
-def disk(tmp_path_factory):
+def disk(tmp_path_factory, trained):
   folder = tmp_path_factory.mktemp("bad")
   argv = ["", f"--config={bad_inputs.DIGITS}", f"--workdir={folder / 'run'}"]
   with pytest.MonkeyPatch.context() as patch, pytest.raises(Compiles):
     call("train", argv, patch)
   bad_disk.make(folder / "disk", folder / "run")
+  bad_disk.add_saved(folder / "disk", trained[1])
   return folder / "disk"
 
 
@@ -131,6 +132,8 @@ def test_it_is_one_line(
 ):
   argv = bad_inputs.argv(group, arguments, tmp_path / "run", disk)
   before = bad_disk.snapshot(disk)
+  if group.program == "embeddings":
+    monkeypatch.setitem(models._CONSTRUCTORS, "tiny", tiny.Tiny)
   # Of the processor: other programs on the machine do not count.
   start = time.process_time()
   code = call(group.program, argv, monkeypatch)
@@ -237,6 +240,8 @@ DAMAGE = [
   ("train", write_metrics(b"[1]\n{}\n"), "line 1 of metrics.jsonl"),
   ("bounds", flip, "checkpoints/2 is damaged"),
   ("bounds", remove_state, "checkpoints/2 is damaged"),
+  ("embeddings", flip, "checkpoints/2 is damaged"),
+  ("embeddings", remove_state, "checkpoints/2 is damaged"),
 ]
 
 
@@ -250,14 +255,15 @@ def test_a_damaged_run(
   shutil.copytree(run, tmp_path / "run")
   damage(tmp_path / "run")
   before = bad_disk.snapshot(tmp_path / "run")
-  argv = ["", f"--config={recipe}"]
-  if program == "train":
-    argv.append(f"--workdir={tmp_path / 'run'}")
-  else:
-    argv += [
-      f"--workdir={tmp_path / 'new'}",
-      f"--checkpoint={tmp_path / 'run'}",
-    ]
+  run, new = tmp_path / "run", tmp_path / "new"
+  argv = {
+    "train": ["", f"--config={recipe}", f"--workdir={run}"],
+    "bounds": [
+      *("", f"--config={recipe}"),
+      *(f"--workdir={new}", f"--checkpoint={run}"),
+    ],
+    "embeddings": ["", f"--workdirs={run}", f"--workdir={new}"],
+  }[program]
   start = time.process_time()
   assert call(program, argv, monkeypatch, lambda parts: programs) == 2
   assert time.process_time() - start < SECONDS

@@ -1,7 +1,9 @@
 """The figure of runs: exact features, and every mistake in one line."""
 
 import functools
+import itertools
 import json
+import re
 import shutil
 
 import flax.linen as nn
@@ -10,14 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import linalg
 
+import dpc_jax as dpc
 from dpc_jax import models
-from dpc_jax.training import loop
+from dpc_jax.analysis import embedding_plot
+from dpc_jax.cost import bitops, macs
+from dpc_jax.training import config as config_lib
+from dpc_jax.training import loop, state
 from experiments import embeddings, features
 from tests.training import runs as tiny_runs
 from tests.training import tiny
 
-METHODS = ("float", "dpc")
+METHODS = ("float", "dpc", "cpt")
+# Each step begins a cycle: training is at b_min, evaluation at b_max.
+CHANGES = {"cpt": {"precision.b_min": 2, "precision.cycles": 6}}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +35,8 @@ def runs(tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs")
   with tiny_runs.patched():
     for method in METHODS:
-      config = tiny.make_config(method, **{"data.holdout": 300})
+      changes = {"data.holdout": 300} | CHANGES.get(method, {})
+      config = tiny.make_config(method, **changes)
       loop.train_and_evaluate(config, folder / method)
   return folder
 
@@ -57,7 +67,20 @@ def last_lines(run):
   return {x["split"]: x for x in tiny.read_lines(run / "metrics.jsonl")}
 
 
-def test_the_figure_of_two_runs(runs, command, tmp_path):
+@pytest.fixture
+def panels(monkeypatch):
+  """The panels and the captions of figures that are drawn."""
+  found, draw = [], embedding_plot.draw
+
+  def record(panels, class_names, paths, *, caption):
+    found.append((panels, caption))
+    draw(panels, class_names, paths, caption=caption)
+
+  monkeypatch.setattr(embedding_plot, "draw", record)
+  return found
+
+
+def test_the_figure_of_three_runs(runs, command, tmp_path, panels):
   files = sorted(str(p) for p in runs.rglob("*"))
   folders = [str(runs / method) for method in METHODS]
   code, out, err = command(
@@ -65,12 +88,13 @@ def test_the_figure_of_two_runs(runs, command, tmp_path):
   )
   assert (code, err) == (0, "")
   assert sorted(str(p) for p in runs.rglob("*")) == files
-  for text in ("[2/2]", "test: 360 images", "train: 1,137 images"):
+  for text in ("[3/3]", "test: 360 images", "train: 1,137 images"):
     assert text in out
   result = json.loads((tmp_path / "out" / "embeddings.json").read_text())
   assert (result["examples"], result["pictured"]) == (360, 60)
   assert result["perplexity"] == 12
-  assert [run["name"] for run in result["runs"]] == ["full precision", "DPC"]
+  names = ["full precision", "DPC", "CPT"]
+  assert [run["name"] for run in result["runs"]] == names
   for method, run in zip(METHODS, result["runs"], strict=True):
     line = last_lines(runs / method)["test"]
     assert run["accuracy"]["test"] == pytest.approx(line["accuracy"], abs=1e-6)
@@ -80,16 +104,79 @@ def test_the_figure_of_two_runs(runs, command, tmp_path):
     assert (run["step"], run["steps"]) == (6, 6)
     assert list(run["weight_variance"]) == ["first", "second", "classifier"]
     assert run["workdir"] == str(runs / method)
-  assert result["runs"][0]["bits_per_weight"] is None
-  assert 3 <= result["runs"][1]["bits_per_weight"] <= 8
+  found = [run["bits_per_quantized_weight"] for run in result["runs"]]
+  assert found == [None, pytest.approx(dpc_bits()), 8]
   assert "differences" not in result["runs"][0]
+  assert "feature_variance" in result["runs"][1]["estimates"]
+  assert "feature_variance" not in result["runs"][1]["differences"]
   assert result["runs"][1]["differences"]["silhouette"]["n"] == 360
   text = (tmp_path / "out" / "embeddings.md").read_text()
   assert "60 of the 360 examples" in text
   assert f"--workdirs={','.join(folders)}" in text
+  (drawn, caption) = panels[0]
+  assert "perplexity 12, seed 0, 60 points of 360" in caption
+  first, *others = (panel.points for panel in drawn)
+  for points in others:
+    turn, _ = linalg.orthogonal_procrustes(points, first - first.mean(0))
+    np.testing.assert_allclose(turn, np.eye(2), atol=1e-4)
   with Image.open(tmp_path / "out" / "embeddings.png") as image:
     assert min(image.size) > 600
   assert (tmp_path / "out" / "embeddings.svg").stat().st_size > 1000
+
+
+def dpc_bits():
+  """Of the tiny model's layers, the larger one at 5 bits, the other at 8."""
+  return (36 * 8 + 288 * 5) / (36 + 288)
+
+
+def test_bits_count_every_quantized_weight_once():
+  costs = {
+    "stacked": bitops.LayerCost(macs=7, weights=10, layers=3),
+    "one": bitops.LayerCost(macs=7, weights=20),
+    "product": bitops.LayerCost(macs=7, weights=0),
+    "float": bitops.LayerCost(macs=7, weights=500),
+  }
+  bits = {
+    "stacked": dpc.LayerBits(np.array([2, 4, 6]), 3, 8),
+    "one": dpc.LayerBits(8, 3, 8),
+    "product": dpc.LayerBits(5, 3, 8),
+  }
+  found = features.bits_per_quantized_weight(bits, costs)
+  assert found == pytest.approx((10 * (2 + 4 + 6) + 20 * 8) / 50)
+  assert features.bits_per_quantized_weight({}, costs) is None
+
+
+def test_a_scanned_network_has_the_bits_of_the_unrolled_one():
+  images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+  found = []
+  for scan in (False, True):
+    model = models.create("vit_tiny", num_classes=10, scan=scan)
+    costs = macs.layer_costs(model, images)
+    bits = {}
+    for path in costs:
+      block, _, layer = path.partition("/")
+      if layer not in ("mlp1", "mlp2"):
+        continue
+      place = np.arange(12) if scan else int(block.removeprefix("block"))
+      width = 3 + place % 5 if layer == "mlp1" else 9
+      bits[path] = dpc.LayerBits(width, 8, 8)
+    # Beside the blocks.
+    bits["classifier"] = dpc.LayerBits(16, 8, 8)
+    found.append(features.bits_per_quantized_weight(bits, costs))
+  assert found[0] == pytest.approx(found[1]) != 8.0
+
+
+def test_bits_are_those_of_evaluation(runs):
+  for method, first, second in (("dpc", 8, 5), ("cpt", 8, 8)):
+    folder = str(runs / method)
+    run = features.load(folder, features.config_of(folder))
+    found = features.evaluation_bits(run)
+    assert {k: int(v.weights) for k, v in found.items()} == {
+      "first": first,
+      "second": second,
+    }
+  # In training the last step was at b_min.
+  assert int(state.layer_bits(run.state)["first"].weights) == 2
 
 
 def test_features_are_exact_in_order_and_as_in_evaluation(runs):
@@ -132,7 +219,7 @@ def share_close(a, b):
   return np.mean(np.isclose(a, b, atol=1e-4).all(1))
 
 
-def test_the_best_checkpoint(runs):
+def test_the_best_checkpoint(runs, command):
   scores = {
     line["step"]: line["accuracy"]
     for line in tiny.read_lines(runs / "dpc" / "metrics.jsonl")
@@ -149,7 +236,10 @@ def test_the_best_checkpoint(runs):
   path.write_text(text)
   try:
     # Of step 5 there is none.
-    assert features._best_step(runs / "dpc", "accuracy") == 3
+    for flags, step in ((["--checkpoint=best"], 3), ([], 6)):
+      code, out, _ = command(runs / "dpc", "--pictured=9", *flags)
+      assert code == 0
+      assert f"checkpoint of step {step}\n" in out
   finally:
     path.write_text(before)
 
@@ -211,15 +301,57 @@ def test_no_run_no_checkpoint_and_a_damaged_config(runs, command, tmp_path):
   assert "its config.json is damaged" in command(run)[2]
 
 
+def test_data_may_have_moved(runs, command, monkeypatch):
+  seen = []
+
+  def load(folder, config, *_):
+    seen.append(config.data.dir)
+    raise config_lib.ConfigError("enough")
+
+  monkeypatch.setattr(features, "load", load)
+  for flags in (["--data_dir=/elsewhere"], []):
+    assert command(runs / "dpc", *flags)[2] == "error: enough\n"
+  assert seen == ["/elsewhere", None]
+
+
+def damaged(run, layer):
+  """The run with kernels of a layer that are NaN."""
+  params = jax.tree.map(lambda x: x, run.state.params)
+  params[layer]["kernel"] *= np.nan
+  return run._replace(state=run.state.replace(params=params))
+
+
+def test_a_run_that_has_diverged_is_named(runs):
+  folder = str(runs / "float")
+  run = features.load(folder, features.config_of(folder))
+  step = features.make_feature_step(run.parts)
+  for layer, what in (
+    ("second", "360 of 360 feature rows of the test split are not finite"),
+    ("classifier", "the loss on the test split is nan"),
+  ):
+    message = f"--workdirs: {folder}: {what}; its training has diverged: leave"
+    with pytest.raises(config_lib.ConfigError, match=re.escape(message)):
+      features.embed(damaged(run, layer), step, "test")
+
+
+def test_every_example_comes_through_once(runs):
+  folder = str(runs / "float")
+  run = features.load(folder, features.config_of(folder))
+  step = features.make_feature_step(run.parts)
+  evaluate = run.parts.feed.evaluate
+  feed = run.parts.feed._replace(
+    evaluate=lambda split: itertools.islice(evaluate(split), 1, None)
+  )
+  less = run._replace(parts=run.parts._replace(feed=feed))
+  with pytest.raises(RuntimeError, match=r"264 examples .* not its 360"):
+    features.embed(less, step, "test")
+
+
 def test_a_model_without_the_layer_is_refused(runs):
   config = features.config_of(str(runs / "dpc"))
   run = features.load(str(runs / "dpc"), config)
-  for parts in (
-    run.parts._replace(task=run.parts.task._replace(metric="perplexity")),
-    run.parts._replace(model=Nameless()),
-  ):
-    with pytest.raises(ValueError, match="'tiny': has no layer named 'classif"):
-      features.make_feature_step(parts)
+  with pytest.raises(ValueError, match="'tiny': has no layer named 'classif"):
+    features.make_feature_step(run.parts._replace(model=Nameless()))
 
 
 class Nameless(nn.Module):

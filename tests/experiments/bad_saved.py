@@ -1,0 +1,86 @@
+"""Rows of `bad_inputs`, of the programs that take finished runs."""
+
+REPORT = """
+--grid={disk} -> the following arguments are required: --workdir; see --help
+--workdir= -> --workdir: is empty; see --help
+--workdir={disk}/empty --seeds=2 -> unrecognized arguments: --seeds=2; see --hel
+--workdir={disk}/empty {disk} -> unrecognized arguments: {disk}; see --help
+--workdir -> --workdir: expected one argument; see --help
+--workdir={disk}/absent -> {disk}/absent: there is no such folder; give a run'
+--workdir={disk}/file -> --workdir={disk}/file: it is a file; give a run's folde
+--workdir={disk}/file/run -> {disk}/file/run: there is no such folder; give
+--workdir={disk}/empty -> {disk}/empty: no finished run in it, as METHOD/seedN
+--workdir={disk}/saved/run -> the run is not finished; the command that began it
+--workdir={disk}/reported/begun -> begun: no finished run in it, as METHOD/seedN
+--workdir={disk}/reported/summary_cut -> summary.json is damaged; remove it
+--workdir={disk}/reported/summary_list -> summary.json is damaged; remove it
+--workdir={disk}/reported/summary_bytes -> summary.json is damaged; remove it
+--workdir={disk}/reported/summary_empty -> summary.json is damaged; remove it
+--workdir={disk}/reported/summary_fields -> summary.json lacks the field 'model'
+--workdir={disk}/reported/summary_steps -> summary.json: the field 'steps' is no
+--workdir={disk}/reported/summary_metric -> field 'metric' is not accuracy or pe
+--workdir={disk}/reported/summary_nan -> 'test_accuracy' is not a finite number
+--workdir={disk}/reported/summary_bits -> the field 'bits' is not three widths
+--workdir={disk}/reported/summary_paths -> the bits of 'x' do not fit its layers
+--workdir={disk}/reported/summary_layers -> the field 'layers' is not weights
+--workdir={disk}/reported/config_cut -> config.json is damaged; remove it
+--workdir={disk}/reported/config_list -> config.json is damaged; remove it
+--workdir={disk}/reported/config_fields -> config.json lacks the field 'precisio
+--workdir={disk}/reported/config_types -> the field 'precision' is not a group
+--workdir={disk}/reported/config_width -> the field 'b_max' is not a width
+--workdir={disk}/reported/metrics_cut -> line 1 of metrics.jsonl is damaged; rem
+--workdir={disk}/reported/metrics_fields -> line 1 of metrics.jsonl lacks the fi
+--workdir={disk}/reported/metrics_types -> the field 'accuracy' is not a number
+--workdir={disk}/reported/moves -> line 1 of bits.jsonl: the field 'new' is not
+--workdir={disk}/reported/signals -> line 1 of signals.jsonl lacks the field
+--workdir={disk}/reported/signals_paths -> signals.jsonl does not fit bits.jsonl
+--workdir={disk}/reported/data_sets -> runs of different dataset: ... cifar10
+--workdir={disk}/reported/lengths -> runs of different steps: 9, 3; compare such
+--workdir={disk}/reported/results_cut -> results.json is damaged; remove it
+--workdir={disk}/reported/results_list -> results.json is damaged; remove it
+--workdir={disk}/reported/results_runs -> results.json is damaged; remove it
+--workdir={disk}/reported/results_failures -> results.json is damaged; remove it
+"""
+EMBEDDINGS = """
+--workdirs={run} -> the following arguments are required: --workdir; see --help
+--workdir={new} -> the following arguments are required: --workdirs; see --help
+--workdirs={run} --workdir= -> --workdir: is empty; see --help
+--workdirs={run} --workdir={new} --steps=2 -> unrecognized arguments: --steps=2
+--workdirs={run} --workdir={new} --neigh=2 -> unrecognized arguments: --neigh=2
+--workdirs= --workdir={new} -> --workdirs is empty: name at least one run
+--workdirs=, --workdir={new} -> --workdirs is empty: name at least one run
+--workdirs={disk}/absent --workdir={new} -> {disk}/absent: holds no run; name
+--workdirs={disk}/file --workdir={new} -> {disk}/file: holds no run; name the
+--workdirs={disk}/empty --workdir={new} -> {disk}/empty: holds no run; name the
+--workdirs={run},{disk}/empty --workdir={new} -> {disk}/empty: holds no run; nam
+--workdirs={disk}/runs/other --workdir={new} -> other: holds no run; name the wo
+--workdirs={disk}/saved/bare --workdir={new} -> no checkpoint there yet; wait
+--workdirs={run},{disk}/saved/bare --workdir={new} -> bare: no checkpoint there
+--workdirs={disk}/saved/cut --workdir={new} -> its config.json is damaged
+--workdirs={disk}/saved/list --workdir={new} -> its config.json is damaged
+--workdirs={disk}/saved/number --workdir={new} -> its config.json is damaged
+--workdirs={disk}/saved/bytes --workdir={new} -> its config.json is damaged
+--workdirs={disk}/saved/types --workdir={new} -> its config.json is damaged
+--workdirs={disk}/saved/batch --workdir={new} -> config.batch_size = 0: must be
+--workdirs={run},{disk}/saved/cifar10 --workdir={new} -> 'digits' ... 'cifar10'
+--workdirs={run},{disk}/saved/holdout --workdir={new} -> data.holdout = 0 ... 30
+--workdirs={disk}/saved/text --workdir={new} -> 'lstm_lm': has no layer named
+--workdirs={disk}/saved/cifar10 --workdir={new} --data_dir=/nowhere -> /nowhere
+--workdirs={run} --workdir={disk}/file -> {disk}/file: File exists; use another
+--workdirs={run} --workdir={disk}/file/out -> out: Not a directory; use another
+--workdirs={run} --workdir={new} --split=x -> --split=x: digits has train, test;
+--workdirs={run} --workdir={new} --split= -> --split=: digits has train, test;
+--workdirs={run} --workdir={new} --pictured=0 -> --pictured=0: use 4..the split'
+--workdirs={run} --workdir={new} --pictured=-5 -> --pictured=-5: use 4..the spli
+--workdirs={run} --workdir={new} --pictured=all -> --pictured: invalid int value
+--workdirs={run} --workdir={new} --neighbors=0 -> --neighbors=0: use 1..1437
+--workdirs={run} --workdir={new} --neighbors=99999 -> =99999: use 1..1437
+--workdirs={run} --workdir={new} --neighbors=1.5 -> --neighbors: invalid int val
+--workdirs={run} --workdir={new} --perplexity=0 -> --perplexity=0.0: use 1..359
+--workdirs={run} --workdir={new} --perplexity=nan -> --perplexity=nan: use 1..35
+--workdirs={run} --workdir={new} --perplexity=inf -> --perplexity=inf: use 1..35
+--workdirs={run} --workdir={new} --perplexity=99 --pictured=9 -> 99.0: use 1..8
+--workdirs={run} --workdir={new} --perplexity=x -> --perplexity: invalid float
+--workdirs={run} --workdir={new} --checkpoint=last -> invalid choice: 'last'
+--workdirs={run} --workdir={new} --checkpoint=best -> kept no checkpoint that it
+"""
