@@ -158,9 +158,10 @@ def _about_separation(result) -> str:
   return (
     f"In feature space, of {result['examples']:,} examples (the silhouette of"
     f" {silhouette}); k-NN: {result['neighbors']} neighbors out of {voters}."
-    " The scatter ratio is that between classes to that within,"
-    " tr(S_B) / tr(S_W); it does not depend on the features' scale. Of all"
-    " three, more means further apart. In brackets, 95 % bootstrap intervals"
+    " The scatter ratio is tr(S_B) / tr(S_W), between classes to within, less"
+    " what chance adds to estimated centers: 0 is no more than chance, and it"
+    " can fall below; it does not depend on the features' scale. Of all three,"
+    " more means further apart. In brackets, 95 % bootstrap intervals"
     f" over the examples ({result['resamples']:,} resamples); what is"
     " resampled, see `dpc_jax.analysis.separation`. Where every answer is"
     " right, an"
