@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 
 reproduce: $(VENV)/installed
 	$(BIN)/python -m experiments.reproduce --scale=$(SCALE) \
-	  $(if $(DATA),--data_dir=$(DATA))
+	  $(if $(DATA),--data_dir='$(DATA)')
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -3,8 +3,10 @@ r"""All tables and figures of the DPC paper, one after the other.
   python -m experiments.reproduce --scale=smoke
 
 Scales: smoke, in minutes; cpu-hour, gpu-hour, full. Published figures stand
-beside ours, and what was not run says so. Written to DIR/SCALE: `report.html`,
-`report.md`, `report.json`; the runs, in folders named after their recipes.
+beside ours, and what was not run says so. Written to DIR/SCALE, after each
+table: `report.html`, `report.md`, `report.json`; and the runs, in
+RECIPE/METHOD/seedN. One process does it all, on the devices of its host; what
+needs several hosts is for `experiments.train`.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The paper's networks on CIFAR-100.
+"""Networks that the paper names, on CIFAR-100.
 
   python -m experiments.reproduce.cifar100 --scale=smoke
 

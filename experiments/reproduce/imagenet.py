@@ -1,4 +1,4 @@
-"""The paper's networks on ImageNet.
+"""Networks that the paper names, on ImageNet.
 
   python -m experiments.reproduce.imagenet --scale=smoke
 

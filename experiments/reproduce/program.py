@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpc_jax.analysis import cells, html
-from dpc_jax.training import checks, termination
-from experiments import arguments, reporting
+from dpc_jax.training import termination
+from experiments import arguments, mistakes, reporting
 from experiments.reproduce import scales, tables, trials
 
 TABLES = (
@@ -31,9 +31,9 @@ def main(
   """Reproduces a table, prints it and writes a report; returns the exit code.
 
   0: what the scale names was run, or SIGTERM came, and the same command goes
-  on. 1: some of it failed, or could not be run for want of data; the tables of
-  the rest are written. 2: a mistake in the flags, or a folder that cannot be
-  written.
+  on. 1: some of it failed, or could not be run for want of data; the rest is
+  in the tables. 2: a mistake in the flags, or a folder that cannot be written.
+  130: Ctrl-C. What is done is written after each table.
 
   Args:
     name: of `TABLES`; None is all.
@@ -43,32 +43,28 @@ def main(
   program = ".".join(filter(None, ("experiments.reproduce", name)))
   flags = _parser(program, doc).parse_args(argv)
   words = sys.argv[1:] if argv is None else argv
-  where = flags.workdir.expanduser() / flags.scale
+  where = flags.workdir / flags.scale
   names = TABLES if name is None else (name,)
-  start = time.monotonic()
+  stem = "report" if name is None else f"table_{name}"
+  command = shlex.join(["python", "-m", program, *words])
   try:
     where.mkdir(parents=True, exist_ok=True)
     with termination.watch() as is_stopping:
       context = trials.Context(
-        scale=flags.scale,
-        where=where,
-        data_dir=flags.data_dir,
-        command=shlex.join(["python", "-m", program, *words]),
-        is_stopping=is_stopping,
+        flags.scale, where, flags.data_dir, command, is_stopping
       )
-      sections = _sections(names, context)
-    stem = "report" if name is None else f"table_{name}"
-    _write(sections, context, stem, time.monotonic() - start)
+      sections = _reproduce(names, context, stem)
   except trials.Stopped:
     print("stopped; the same command goes on")
     return 0
-  except checks.ConfigError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+  except KeyboardInterrupt:
+    print("error: interrupted; the same command goes on", file=sys.stderr)
+    return 130
   except OSError as error:
-    place = error.filename or where
-    print(f"error: {place}: {error.strerror}; use another", file=sys.stderr)
+    line = f"{error.filename or where}: {error.strerror or error}"
+    print(f"error: {mistakes.one_line(line)}", file=sys.stderr)
     return 2
+  print("written:")
   for suffix, what in (("html", "for a browser"), ("md", ""), ("json", "")):
     print(f"  {where / f'{stem}.{suffix}'}  {what}".rstrip())
   errors = [error for section in sections for error in section.errors]
@@ -88,27 +84,30 @@ def _parser(program: str, doc: str | None) -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--workdir",
-    type=pathlib.Path,
+    type=arguments.folder,
     default=pathlib.Path("runs/reproduce"),
     metavar="DIR",
-    help="finished runs in DIR/SCALE are not made again (default: %(default)s)",
+    help="finished runs in DIR/SCALE are not made again, but at smoke; their"
+    " data must still be there (default: %(default)s)",
   )
   parser.add_argument(
     "--data_dir",
+    type=lambda text: str(arguments.folder(text)),
     metavar="DIR",
     help="where the data sets lie (default: TFDS_DATA_DIR, or tfds' own)",
   )
   return parser
 
 
-def _sections(names, context) -> list[tables.Section]:
-  sections = []
+def _reproduce(names, context, stem) -> list[tables.Section]:
+  """All tables, each printed, and the report written, as soon as it is done."""
+  sections, start = [], time.monotonic()
   for i, name in enumerate(names, 1):
     print(f"[{i}/{len(names)}] {name}", flush=True)
-    sections.append(_module(name).reproduce(context))
-  for section in sections:
-    print(f"\n{tables.text(section)}")
-  print()
+    section = _module(name).reproduce(context)
+    sections.append(section)
+    print(f"\n{tables.text(section)}\n", flush=True)
+    _write(sections, context, stem, time.monotonic() - start)
   return sections
 
 
@@ -117,16 +116,20 @@ def _module(name: str) -> Any:
 
 
 def _write(sections, context, stem, seconds) -> None:
-  environment = next(filter(None, (s.environment for s in sections)), {})
+  environments = []
+  for section in sections:
+    for found in section.environments:
+      if found not in environments:
+        environments.append(found)
   figures = {
     "command": context.command,
     "scale": context.scale,
     "seconds": round(seconds, 1),
-    **environment,
+    "environments": environments,
     "tables": {section.name: section.figures for section in sections},
     "errors": [error for section in sections for error in section.errors],
   }
-  text = _report(sections, context, environment, seconds)
+  text = _report(sections, context, environments, seconds)
   reporting.write_text(
     context.where / f"{stem}.json",
     json.dumps(figures, indent=2, allow_nan=False) + "\n",
@@ -137,18 +140,21 @@ def _write(sections, context, stem, seconds) -> None:
   )
 
 
-def _report(sections, context, environment, seconds) -> str:
+def _report(sections, context, environments, seconds) -> str:
   """All of it in Markdown."""
   facts = [
     f"- command: {cells.code(context.command)}",
     f"- scale: {context.scale}. {scales.ABOUT[context.scale]}",
-    f"- time of this command: {seconds / 60:.1f} min",
+    f"- time of this command: {seconds / 60:.1f} min, without runs that were"
+    " finished before",
   ]
-  if environment:
-    versions = ", ".join(
-      f"{name} {version}" for name, version in environment["versions"].items()
+  for found in environments:
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+    facts.append(f"- device: {cells.plain(found['device'])}; {versions}")
+  if environments:
+    facts.append(
+      "- float32 products in JAX's default precision, TF32 on recent GPUs"
     )
-    facts.append(f"- device: {cells.plain(environment['device'])}; {versions}")
   parts = [f"# The DPC paper's tables, scale {context.scale}", "\n".join(facts)]
   for section in sections:
     parts.append(tables.markdown(section, context.where))

@@ -1,10 +1,10 @@
-"""The paper's savings of training cost, for every network of its tables.
+"""The paper's savings of training cost, for networks that it names.
 
   python -m experiments.reproduce.savings
 
-To reach: -16.21 % to -44.37 % over the paper's networks (the DPC paper), which
-one saves how much is not public. Nothing is trained: the cost of static bits
-follows from the network alone, at full size at every scale.
+To reach: -16.21 % to -44.37 % over the paper's networks (the DPC paper); which
+one saves how much, and against what, is not public. Nothing is trained: the
+cost of static bits follows from the network alone, at full size at every scale.
 """
 
 import importlib
@@ -44,28 +44,25 @@ _HEADER = (
 
 
 class Input(NamedTuple):
-  """What a network of a data set sees.
+  """A data set.
 
   Attributes:
     data: in words.
     classes: how many, or the vocabulary.
-    shape: of one example.
-    dtype: of its elements.
   """
 
   data: str
   classes: int
-  shape: tuple[int, ...]
-  dtype: Any
 
 
 _INPUTS = {
-  "cifar10": Input("CIFAR-10", 10, (32, 32, 3), jnp.float32),
-  "cifar100": Input("CIFAR-100", 100, (32, 32, 3), jnp.float32),
-  "imagenet2012": Input("ImageNet", 1000, (224, 224, 3), jnp.float32),
-  "ptb": Input("PTB", 10_000, (35,), jnp.int32),
-  "wikitext103": Input("WikiText-103", 267_735, (512,), jnp.int32),
+  "cifar10": Input("CIFAR-10", 10),
+  "cifar100": Input("CIFAR-100", 100),
+  "imagenet2012": Input("ImageNet", 1000),
+  "ptb": Input("PTB", 10_000),
+  "wikitext103": Input("WikiText-103", 267_735),
 }
+_CIFAR_SIZE = 32  # pixels; of other images the recipe says
 
 
 class Saving(NamedTuple):
@@ -82,17 +79,21 @@ class Saving(NamedTuple):
   in_float: float
 
 
-def saving(config: Any, seen: Input) -> Saving:
+def saving(config: Any, classes: int) -> Saving:
   """The saving of a method whose widths do not change, by abstract evaluation.
 
   BitOPs per sample and layer as in `dpc.bitops`; nothing is computed.
 
   Args:
     config: of a recipe with such a method.
-    seen: input of its data set.
+    classes: of its data set, or the vocabulary.
   """
-  model = build.make_model(config, seen.classes)
-  sample = jax.ShapeDtypeStruct((1, *seen.shape), seen.dtype)
+  model = build.make_model(config, classes)
+  if config.data.unroll is None:
+    size = config.data.image_size or _CIFAR_SIZE
+    sample = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  else:
+    sample = jax.ShapeDtypeStruct((1, config.data.unroll), jnp.int32)
   costs = macs.layer_costs(model, sample)
   capacities = state.quantized_capacities(
     jax.eval_shape(model.init, jax.random.key(0), sample)
@@ -152,7 +153,7 @@ def reproduce(context: trials.Context) -> tables.Section:
     ],
     figures=lines,
     errors=[],
-    environment={},
+    environments=[],
   )
 
 
@@ -169,7 +170,7 @@ def _line(row: tables.Row) -> dict[str, Any]:
     "b_min": config.precision.b_min,
     "b_max": config.precision.b_max,
     **{
-      method: saving(module.get_config(method), seen)._asdict()
+      method: saving(module.get_config(method), seen.classes)._asdict()
       for method in METHODS
     },
   }

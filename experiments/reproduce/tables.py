@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpc_jax import models
 from dpc_jax.analysis import cells, comparison, report
 from experiments.reproduce import scales, trials
 
@@ -25,20 +26,30 @@ HEADER = (
   "published",
   "ours",
   "published difference",
-  "our difference",
+  "our difference from static",
+  "from uniform",
   "cost",
+  "min a run",
   "runs",
 )
 _ABOUT = (
   "Ours: mean ± standard deviation over seeds of the test metric at the end of"
-  " the run. Difference: from static 8/8, seed by seed, with a 95 % interval"
-  " where there are several seeds. Cost: BitOPs of the run as a multiple of"
-  " static 8/8's."
+  " the run. Differences are seed by seed, from static 8/8 and from uniform"
+  " bits of equal cost, with 95 % intervals where there are several seeds, not"
+  " adjusted for how many there are (the report of each recipe does that); one"
+  " seed shows no order. Of perplexities less is better. Cost: BitOPs of the"
+  " run as a multiple of static 8/8's."
 )
 _ABOUT_SMOKE = (
   "Smoke runs are on tiny shapes and made-up data: ok means that the recipe"
   " trained four steps, saved and evaluated; its figures mean nothing and are"
   " not shown."
+)
+_ABOUT_PUBLISHED = (
+  "The DPC paper's text is not public. That the baseline of its figures is"
+  " static 8/8, and that its method is `dpc`, Eq. 1 around the median, is our"
+  " reading; the recipes are CPT's. Whether a published figure is of the last"
+  " or the best step is not known to us."
 )
 
 
@@ -87,7 +98,7 @@ class Section:
     notes: paragraphs below it, Markdown.
     figures: the same as numbers, for JSON.
     errors: why what the scale names was not run, one line each.
-    environment: {"device", "versions"} of the first run made, or {}.
+    environments: {"device", "versions"} of the runs, each once.
     picture: a file in the folder of the scale.
   """
 
@@ -98,7 +109,7 @@ class Section:
   notes: Sequence[str]
   figures: Any
   errors: Sequence[str]
-  environment: Mapping[str, Any]
+  environments: Sequence[Mapping[str, Any]]
   picture: str | None = None
 
 
@@ -119,7 +130,13 @@ def reproduce(
   Raises:
     trials.Stopped: SIGTERM; what is finished is kept.
   """
-  lines, errors, environment = [], [], {}
+  count = sum(
+    len(trial.methods) * trial.seeds
+    for row in rows
+    if (trial := row.trials.get(context.scale)) is not None
+  )
+  print(f"  {count} {'run' if count == 1 else 'runs'}", flush=True)
+  lines, errors, environments = [], [], []
   for row in rows:
     trial = row.trials.get(context.scale)
     outcome = trials.Outcome({}, [], None)
@@ -127,24 +144,25 @@ def reproduce(
       outcome = trials.train(row.recipe, trial, context)
     lines += _lines(row, trial, outcome)
     errors += outcome.errors(row.recipe)
-    environment = environment or outcome.environment()
+    environments += outcome.environments()
   shown = {line["network"] for line in lines}
-  is_smoke = context.scale == "smoke"
   sources = {f.source for row in rows for f in row.published.values()}
+  header, table = _without_empty(HEADER, [_cells(line) for line in lines])
   return Section(
     name=name,
     title=title,
-    header=HEADER,
-    table=[_cells(line) for line in lines],
+    header=header,
+    table=table,
     notes=[
-      _ABOUT_SMOKE if is_smoke else _ABOUT,
+      _ABOUT_SMOKE if context.scale == "smoke" else _ABOUT,
+      _ABOUT_PUBLISHED,
       *(f"{key}: {SOURCES[key]}." for key in SOURCES if key in sources),
       *(row.note for row in rows if row.note and row.network in shown),
       *map(cells.plain, errors),
     ],
     figures=lines,
     errors=errors,
-    environment=environment,
+    environments=environments,
   )
 
 
@@ -154,17 +172,21 @@ def _lines(row, trial, outcome) -> list[dict[str, Any]]:
   asked = ["dpc"] if "full" in row.trials else []
   tried = trial.methods if trial else asked
   names = dict.fromkeys([*row.published, *tried, *asked])
-  runs = {method: cells for method, cells in outcome.runs.items() if cells}
+  runs = {
+    method: by_seed for method, by_seed in outcome.runs.items() if by_seed
+  }
+  config = importlib.import_module(f"configs.{row.recipe}").get_config("dpc")
+  is_text = config.model.name in models.LANGUAGE_MODELS
   result = None
   if runs and not trial.is_smoke:
-    result = comparison.compare(runs, b_max=8)
+    result = comparison.compare(runs, b_max=config.precision.b_max)
   failed = {failure.method for failure in outcome.failures}
   return [
     {
       "network": row.network,
       "recipe": row.recipe,
       "method": method,
-      "metric": _metric(row.recipe),
+      "metric": "perplexity" if is_text else "accuracy",
       **_published(row, method),
       **_ours(method, result),
       "runs": _runs(method, runs, trial, failed),
@@ -173,9 +195,12 @@ def _lines(row, trial, outcome) -> list[dict[str, Any]]:
   ]
 
 
-def _metric(recipe: str) -> str:
-  config = importlib.import_module(f"configs.{recipe}").get_config("dpc")
-  return "perplexity" if config.model.name.endswith("_lm") else "accuracy"
+def _without_empty(header, table):
+  """Without the columns that have nothing but dashes."""
+  kept = [
+    i for i in range(len(header)) if any(line[i] != "-" for line in table)
+  ]
+  return [header[i] for i in kept], [[line[i] for i in kept] for line in table]
 
 
 def _published(row, method) -> dict[str, Any]:
@@ -193,19 +218,21 @@ def _published(row, method) -> dict[str, Any]:
 def _ours(method, result) -> dict[str, Any]:
   """Of a method that was run at a scale whose figures mean something."""
   if result is None:
-    return dict.fromkeys(("ours", "our_difference", "relative_cost"))
+    return dict.fromkeys(("ours", "against_static", "against_uniform"))
   of_method = {m.method: m for m in result.methods}.get(method)
-  differences = {
-    pair.method: pair.difference
-    for pair in result.against_static
-    if pair.measure == "final" and pair.difference.n
-  }
-  difference = differences.get(method)
   return {
-    "ours": of_method and dataclasses.asdict(of_method.final),
-    "our_difference": difference and dataclasses.asdict(difference),
-    "relative_cost": of_method and of_method.relative_to_static,
+    "ours": of_method and dataclasses.asdict(of_method),
+    "against_static": _pair(method, result.against_static),
+    "against_uniform": _pair(method, result.against_uniform),
   }
+
+
+def _pair(method, pairs) -> dict[str, Any] | None:
+  """What `comparison.Pair` says of the final metric; None without a pair."""
+  for pair in pairs:
+    if (pair.method, pair.measure) == (method, "final") and pair.difference.n:
+      return dataclasses.asdict(pair)
+  return None
 
 
 def _runs(method, runs, trial, failed) -> str:
@@ -221,29 +248,40 @@ def _runs(method, runs, trial, failed) -> str:
 
 
 def _cells(line: Mapping[str, Any]) -> list[str]:
-  """A line as the table shows it."""
-  in_percent = line["metric"] == "accuracy"
+  """A line as the table shows it, in the order of `HEADER`."""
   # Ours are fractions, published accuracies percent.
-  scale, unit = (100, " %") if in_percent else (1, "")
+  scale, unit = (100, " %") if line["metric"] == "accuracy" else (1, "")
   published, ours = line["published"], line["ours"]
-  difference = line["our_difference"]
-  texts = ["-", NOT_RUN, "-", "-", "-"]
+  texts = ["-", NOT_RUN, "-", "-", "-", "-", "-"]
   if published is not None:
     texts[0] = f"{published['value']:.2f}{unit} ({published['source']})"
-  if ours is not None:
-    texts[1] = f"{scale * ours['mean']:.2f}"
-    if ours["sd"] is not None:
-      texts[1] += f" ± {scale * ours['sd']:.2f}"
-    texts[1] += unit
-    texts[4] = f"{line['relative_cost']:.3f}x"
   if line["published_difference"] is not None:
     texts[2] = f"{line['published_difference']:+.2f}"
-  if difference is not None:
-    texts[3] = f"{scale * difference['mean']:+.2f}"
-    if difference["low"] is not None:
-      low, high = scale * difference["low"], scale * difference["high"]
-      texts[3] += f" [{low:+.2f}, {high:+.2f}]"
+  if ours is not None:
+    final = ours["final"]
+    texts[1] = f"{scale * final['mean']:.2f}"
+    if final["sd"] is not None:
+      texts[1] += f" ± {scale * final['sd']:.2f}"
+    texts[1] += unit
+    texts[3] = _difference(line["against_static"], scale)
+    texts[4] = _difference(line["against_uniform"], scale)
+    texts[5] = f"{ours['relative_to_static']:.3f}x"
+    texts[6] = f"{ours['seconds'] / 60:.1f}"
   return [line["network"], line["method"], *texts, line["runs"]]
+
+
+def _difference(pair: Mapping[str, Any] | None, scale: int) -> str:
+  """Mean and interval; a control that costs otherwise says so."""
+  if pair is None:
+    return "-"
+  difference = pair["difference"]
+  text = f"{scale * difference['mean']:+.2f}"
+  if difference["low"] is not None:
+    low, high = scale * difference["low"], scale * difference["high"]
+    text += f" [{low:+.2f}, {high:+.2f}]"
+  if pair["reference"].startswith("uniform") and not pair["equal_cost"]:
+    text += ", not of equal cost"
+  return text
 
 
 def text(section: Section) -> str:
