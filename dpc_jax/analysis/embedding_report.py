@@ -70,8 +70,9 @@ def panel_text(run: Mapping[str, Any]) -> list[str]:
 def interval(estimate: Mapping[str, float], sign: bool = False) -> str:
   """A value with its 95 % interval, "0.812 [0.794, 0.830]".
 
-  Its digits are those that the interval tells: half its width has two of them
-  (our decision). Without any width the value has four or more.
+  Its digits are those that the interval tells: half its width has two of them,
+  or up to four where an end beside zero needs them (our decision). Without any
+  width the value has four or more.
 
   Args:
     estimate: value, low and high, finite.
@@ -81,6 +82,10 @@ def interval(estimate: Mapping[str, float], sign: bool = False) -> str:
   half = (estimate["high"] - estimate["low"]) / 2
   power = _power(max(map(abs, ends)))
   last = _power(half) - 1 if half > 0 else min(power - 3, 0)
+  if half > 0:
+    # An end beside zero shows on which side it is.
+    nearest = min((abs(end) for end in ends[1:] if end), default=half)
+    last = max(min(last, _power(nearest)), last - 2)
   plus = "+" if sign else ""
   if last < _LOWEST or power >= _HIGHEST:
     form = f"{{:{plus}.{max(power - last, 1)}e}}"

@@ -68,7 +68,7 @@ def main(
   for suffix, what in (("html", "for a browser"), ("md", ""), ("json", "")):
     print(f"  {where / f'{stem}.{suffix}'}  {what}".rstrip())
   errors = [error for section in sections for error in section.errors]
-  for error in errors:
+  for error in tables.grouped(errors):
     print(f"error: {error}", file=sys.stderr)
   return 1 if errors else 0
 
@@ -144,7 +144,7 @@ def _report(sections, context, environments, seconds) -> str:
   """All of it in Markdown."""
   facts = [
     f"- command: {cells.code(context.command)}",
-    f"- scale: {context.scale}. {scales.ABOUT[context.scale]}",
+    f"- scale: {context.scale}",
     f"- time of this command: {seconds / 60:.1f} min, without runs that were"
     " finished before",
   ]

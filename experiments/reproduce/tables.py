@@ -41,9 +41,8 @@ _ABOUT = (
   " run as a multiple of static 8/8's."
 )
 _ABOUT_SMOKE = (
-  "Smoke runs are on tiny shapes and made-up data: ok means that the recipe"
-  " trained four steps, saved and evaluated; its figures mean nothing and are"
-  " not shown."
+  "ok: the recipe trained, saved and evaluated. Figures of such runs mean"
+  " nothing and are not shown."
 )
 _ABOUT_PUBLISHED = (
   "The DPC paper's text is not public. That the baseline of its figures is"
@@ -154,11 +153,12 @@ def reproduce(
     header=header,
     table=table,
     notes=[
+      scales.ABOUT[context.scale],
       _ABOUT_SMOKE if context.scale == "smoke" else _ABOUT,
       _ABOUT_PUBLISHED,
       *(f"{key}: {SOURCES[key]}." for key in SOURCES if key in sources),
       *(row.note for row in rows if row.note and row.network in shown),
-      *map(cells.plain, errors),
+      *map(cells.plain, grouped(errors)),
     ],
     figures=lines,
     errors=errors,
@@ -282,6 +282,22 @@ def _difference(pair: Mapping[str, Any] | None, scale: int) -> str:
   if pair["reference"].startswith("uniform") and not pair["equal_cost"]:
     text += ", not of equal cost"
   return text
+
+
+def grouped(errors: Sequence[str]) -> list[str]:
+  """The lines, what was not run for one reason in one of them."""
+  recipes: dict[str, list[str]] = {}
+  lines = []
+  for error in errors:
+    recipe, sign, reason = error.partition(", not run: ")
+    if not sign:
+      lines.append(error)
+    elif recipe not in recipes.setdefault(reason, []):
+      recipes[reason].append(recipe)
+  for reason, (first, *rest) in recipes.items():
+    more = f" and {len(rest)} more" if rest else ""
+    lines.append(f"{first}{more}, not run: {reason}")
+  return lines
 
 
 def text(section: Section) -> str:

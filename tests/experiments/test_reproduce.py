@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import pathlib
 import re
 
 import jax
@@ -378,7 +379,6 @@ def test_all_tables_make_one_report(monkeypatch, run, tmp_path):
   assert code == 0
   report = (tmp_path / "gpu-hour" / "report.md").read_text()
   assert report.count("## A title") == 6
-  assert "not measured on one" in report
 
 
 @pytest.mark.parametrize(
@@ -453,8 +453,9 @@ def test_the_table_of_savings_counts_the_networks_in_range(monkeypatch, run):
   assert code == 0
   assert "LSTM, PTB 5..8 30.0% 50.0% 10.0% 30.0% 50.0%" in text
   assert (
-    "Of our 1 lie in that range: over the quantized layers 1 with the median"
-    " center and 0 with the logarithmic midpoint; over all layers 0 and 1."
+    "In that range lie, of our 1 networks, counting the quantized layers, 1"
+    " with the median as center and 0 with the logarithmic midpoint; counting"
+    " all layers, 0 and 1."
   ) in text
 
 
@@ -469,14 +470,57 @@ def test_the_figure_is_made_of_real_runs(monkeypatch, run, tmp_path):
   where = tmp_path / "smoke"
   numbers = json.loads((where / "embeddings.json").read_text())
   held = figures(tmp_path, "smoke", "table_embeddings")
-  assert held["tables"]["embeddings"] == numbers
+  assert held["tables"]["embeddings"]["measured"] == [numbers]
+  differences = numbers["runs"][1]["differences"]
+  assert held["tables"]["embeddings"]["differences"] == {
+    name: differences[name] for name in embeddings._MEASURES
+  }
   first, dpc = numbers["runs"]
   assert (first["method"], dpc["method"]) == ("float", "dpc")
   value = dpc["estimates"]["silhouette"]["value"]
   assert re.search(rf"silhouette +\S+ +{value:.4f} +[-+]", out)
   page = (where / "table_embeddings.html").read_text()
   assert "data:image/svg+xml" in page
-  assert "one seed" in page
+  assert "nothing of other seeds" in page
+
+
+def test_several_seeds_give_an_interval_over_seeds(trained, run, monkeypatch):
+  flags_seen = []
+
+  def measure(flags):
+    """Silhouettes .5, .6, .8 of DPC, and .5 in full precision."""
+    flags_seen.append(flags)
+    place = next(f for f in flags if f.startswith("--workdir="))
+    seed = len(flags_seen) - 1
+    names, gain = embeddings._MEASURES, (0.0, 0.1, 0.3)[seed]
+    estimate = {name: {"value": 0.5} for name in names}
+    dpc = {name: {"value": 0.5 + gain} for name in names}
+    difference = {name: {"value": gain, "low": 0, "high": 0} for name in names}
+    found = {
+      "runs": [
+        {"name": "full precision", "method": "float", "model": "m"}
+        | {"dataset": "d", "steps": 3, "seed": seed, "estimates": estimate},
+        {"name": "DPC", "method": "dpc", "estimates": dpc}
+        | {"differences": difference},
+      ],
+      **{"examples": 9, "split": "test", "pictured": 9, "perplexity": 3},
+    }
+    where = pathlib.Path(place.partition("=")[2])
+    where.mkdir(exist_ok=True)
+    (where / "embeddings.json").write_text(json.dumps(found))
+    return 0
+
+  monkeypatch.setattr(embeddings.embeddings, "main", measure)
+  code, out, _ = run("embeddings", "--scale=full")
+  assert code == 0 and len(flags_seen) == 3
+  # sd .1528, t = 4.303.
+  assert re.search(r"silhouette +0.5000 +0.6333 +\+0.13 \[-0.25, \+0.51\]", out)
+  assert "3 seeds: the interval is Student's over them" in " ".join(out.split())
+  assert [f[1].split("/")[-1] for f in flags_seen] == [
+    "full",
+    "embeddings_seed1",
+    "embeddings_seed2",
+  ]
 
 
 @pytest.mark.parametrize("method", ["float", "dpc"])
@@ -496,9 +540,9 @@ def test_a_figure_that_fails_costs_no_table(trained, run, monkeypatch):
     embeddings.embeddings, "main", lambda flags: called.append(flags) or 2
   )
   code, out, err = run("embeddings", "--scale=full", "--data_dir=D")
-  assert code == 1 and "cifar10_resnet110, no figure" in err
+  assert code == 1 and "cifar10_resnet110, seed 0, no figure" in err
   assert "No figure" in out
-  # One seed of four methods, full precision first.
+  # Three seeds of four methods, full precision first.
   workdirs, _, data_dir = called[0]
   assert [w.split("/")[-2] for w in workdirs.split(",")] == [
     "float",
@@ -507,7 +551,20 @@ def test_a_figure_that_fails_costs_no_table(trained, run, monkeypatch):
     "adaptive",
   ]
   assert data_dir == "--data_dir=D"
-  assert len(trained.calls) == 4
+  assert len(trained.calls) == 12 and len(called) == 3
+
+
+def test_recipes_without_the_same_data_share_a_line():
+  lines = [
+    "a, not run: no x",
+    "b, dpc, seed 0, failed: nan",
+    "c, not run: no x",
+  ]
+  assert tables.grouped([*lines, "d, not run: no y", "a, not run: no x"]) == [
+    "b, dpc, seed 0, failed: nan",
+    "a and 1 more, not run: no x",
+    "d, not run: no y",
+  ]
 
 
 @pytest.mark.usefixtures("fast_compiler")
@@ -550,4 +607,7 @@ def test_a_mistake_in_a_recipe_is_no_crash(monkeypatch, run):
 
   monkeypatch.setattr(grid, "cells", fail)
   code, _, err = run("imagenet")
-  assert code == 1 and "imagenet_resnet18, not run: config.steps = 0" in err
+  assert (
+    code == 1
+    and "imagenet_resnet18 and 2 more, not run: config.steps = 0" in err
+  )
