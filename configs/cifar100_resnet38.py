@@ -3,7 +3,7 @@ r"""ResNet-38 on CIFAR-100, CPT's recipe: 64,000 steps, x0.1 at 32k and 48k.
   python -m experiments.train --config=configs/cifar100_resnet38.py:dpc \
     --workdir=runs/cifar100_resnet38_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 Not run at full length here, and its time not measured on any hardware.
 Published, static 8/8: 69.78 % (CPT).
 Bounds: CPT's for CIFAR, 3..8.

@@ -3,7 +3,7 @@ r"""WideResNet-38 on CIFAR-100, CPT's recipe for CIFAR.
   python -m experiments.train --config=configs/cifar100_wide_resnet38.py:dpc \
     --workdir=runs/cifar100_wide_resnet38_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 Not run at full length here, and its time not measured on any hardware.
 No published figure is known to us. The paper does not say how wide its
 WideResNet-38 is: k = 2, our decision.

@@ -3,7 +3,7 @@ r"""MobileNetV2 on CIFAR-10, CPT's recipe for CIFAR.
   python -m experiments.train --config=configs/cifar10_mobilenet_v2.py:dpc \
     --workdir=runs/cifar10_mobilenet_v2_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 Not run at full length here, and its time not measured on any hardware.
 Published: 92.83 % static, 93.07 % DPC (the DPC paper).
 Bounds: CPT's for CIFAR, 3..8.

@@ -3,7 +3,7 @@ r"""ResNet-20 on CIFAR-10, CPT's recipe: 64,000 steps, x0.1 at 32k and 48k.
   python -m experiments.train --config=configs/cifar10_resnet20.py:dpc \
     --workdir=runs/cifar10_resnet20_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 Not run at full length here, and its time not measured on any hardware.
 No published figure of DPC or CPT is known to us.
 Bounds: CPT's for CIFAR, 3..8.

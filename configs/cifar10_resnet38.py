@@ -3,9 +3,10 @@ r"""ResNet-38 on CIFAR-10, CPT's recipe: 64,000 steps, x0.1 at 32k and 48k.
   python -m experiments.train --config=configs/cifar10_resnet38.py:dpc \
     --workdir=runs/cifar10_resnet38_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
-Not run at full length here; by the README's step times static8 and dpc would
-take about 19 hours on two CPU cores; on a GPU not measured.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
+Not run at full length here; at the README's images a second on two CPU cores
+the training steps of static8 or dpc alone take about 11 hours each; on a GPU
+not measured.
 Published, static 8/8: 92.66 % (CPT).
 Bounds: CPT's for CIFAR, 3..8.
 5,000 training images are held out for every choice; to compare with published

@@ -3,7 +3,7 @@ r"""ResNet-8 on CIFAR-10 for 2 epochs: minutes on a laptop.
   python -m experiments.train --config=configs/cifar10_resnet8.py:dpc \
     --workdir=runs/cifar10_resnet8_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 The README's table has the figures and the time. No published figure.
 Bounds: CPT's for CIFAR, 3..8.
 """

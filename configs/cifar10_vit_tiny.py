@@ -3,7 +3,7 @@ r"""ViT-tiny with patches of 4 x 4 on CIFAR-10, 200 epochs of AdamW.
   python -m experiments.train --config=configs/cifar10_vit_tiny.py:dpc \
     --workdir=runs/cifar10_vit_tiny_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 The paper names vision transformers as future work: the recipe is ours and not
 tuned. Not run at full length here, and its time not measured on any hardware.
 No published figure. Bounds: CPT's for CIFAR, 3..8.

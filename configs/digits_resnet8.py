@@ -3,7 +3,7 @@ r"""ResNet-8 on scikit-learn's digits: the demo, no download.
   python -m experiments.train --config=configs/digits_resnet8.py:dpc \
     --workdir=runs/digits_dpc
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 The README's demo has the figures and the time. No published figure.
 Bounds: CPT's for CIFAR, 3..8.
 """

@@ -3,7 +3,7 @@ r"""A small ViT on scikit-learn's digits: no download, a minute on a laptop.
   python -m experiments.train --config=configs/digits_vit_tiny.py:dpc \
     --workdir=runs/digits_vit_tiny_dpc
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 The README's table has the figures and the time. No published figure.
 Bounds: CPT's for CIFAR, 3..8.
 """

@@ -3,7 +3,7 @@ r"""MobileNetV2 on ImageNet, 120 epochs, cosine.
   python -m experiments.train --config=configs/imagenet_mobilenet_v2.py:dpc \
     --workdir=runs/imagenet_mobilenet_v2_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 Not run here: no ImageNet, no accelerator; only its input was measured
 (README).
 No published low-precision figure is known to us. Learning rate and decay are

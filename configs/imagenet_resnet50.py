@@ -3,7 +3,7 @@ r"""ResNet-50 (v1.5) on ImageNet, CPT's recipe: 120 epochs, x0.1 every 30.
   python -m experiments.train --config=configs/imagenet_resnet50.py:dpc \
     --workdir=runs/imagenet_resnet50_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 Not run here: no ImageNet, no accelerator; only its input was measured
 (README).
 No published low-precision figure is known to us.

@@ -3,7 +3,7 @@ r"""ViT-small with patches of 16 x 16 on ImageNet, 300 epochs of AdamW.
   python -m experiments.train --config=configs/imagenet_vit_small.py:dpc \
     --workdir=runs/imagenet_vit_small_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 The paper names vision transformers as future work: the recipe is ours and not
 tuned. Not run here: no ImageNet, no accelerator; only its input was measured
 (README).

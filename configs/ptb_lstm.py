@@ -3,7 +3,7 @@ r"""A two-layer LSTM of width 650 on Penn Treebank, 40 epochs of SGD.
   python -m experiments.train --config=configs/ptb_lstm.py:dpc \
     --workdir=runs/ptb_lstm_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 Not run at full length here, and its time not measured.
 Published test perplexity: 96.95 static 8/8, 96.39 CPT (CPT); their LSTM's
 other settings are not known to us, and the schedule, cosine, is ours.

@@ -3,7 +3,7 @@ r"""A one-layer LSTM of width 200 on Penn Treebank, 4 epochs on a laptop.
   python -m experiments.train --config=configs/ptb_lstm_tiny.py:dpc \
     --workdir=runs/ptb_lstm_tiny_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 The README's table has the figures and the time. No published figure: the model
 is ours. Bounds: CPT's for LSTMs, 5..8.
 Both products have 160,000 weights, so DPC gives each of them 7 bits. The

@@ -3,7 +3,7 @@ r"""The 247 M Transformer of Baevski & Auli (2018) on WikiText-103.
   python -m experiments.train --config=configs/wikitext103_transformer.py:dpc \
     --workdir=runs/wikitext103_transformer_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 Not run here: no accelerator and no WikiText-103. 73,728 tokens a step, as in
 fairseq's recipe; one cosine period instead of their restarts, and evaluation
 in blocks of 512 without overlap, so expect a higher perplexity than their 18.7

@@ -3,7 +3,7 @@ r"""A two-layer Transformer of width 128 on WikiText-2: minutes on a laptop.
   python -m experiments.train --config=configs/wikitext2_transformer.py:dpc \
     --workdir=runs/wikitext2_transformer_dpc --config.data.dir=DIR
 
-Methods: float, static8, dpc; METHOD,smoke tries the code in seconds.
+Methods: float, static8, dpc and others (README); METHOD,smoke tries the code.
 The README's table has the figures and the time. No published figure: the
 model is ours. Bounds: CPT's for Transformers, 4..8.
 DIR holds the prepared set or the plain text files (README).

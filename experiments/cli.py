@@ -1,5 +1,6 @@
 """Flags of the programs: a mistake is one line on stderr and exit code 2."""
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -8,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -25,6 +27,8 @@ from experiments import mistakes
 
 FLAGS = flags.FLAGS
 
+# What a shell says of a program that SIGINT ended.
+_INTERRUPTED = 130
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 _DEBUG = re.compile(r"--?debug(=(1|t|true|y|yes))?", re.IGNORECASE)
 
@@ -140,10 +144,9 @@ def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
   except loop.DivergedError as error:
     return _fail(f"{who}{error}", 1, error if debug else None)
   except KeyboardInterrupt:
-    return _fail(
-      f"{who}interrupted; the same command goes on from the last save, if any",
-      130,
-    )
+    text = "interrupted; the same command goes on from the last save, if any"
+    print(f"error: {who}{text}", file=sys.stderr)
+    return leave_interrupted()
   except Exception as error:
     found = peers.explain(error, FLAGS.workdir)
     if found is None:
@@ -154,6 +157,28 @@ def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
     grace_s = 0 if found.code == peers.EXIT_CODE else peers.GRACE_S
     shown = error if debug else None
     return _fail(f"{who}{found.line}", found.code, shown, grace_s)
+
+
+def leave_interrupted() -> int:
+  """Ends this process with exit code 130, that of Ctrl-C, at once.
+
+  To be called last, when files are closed and the line is printed: threads of
+  JAX may be in a step still, and Python, as it goes down under them, crashes
+  with an exit code of its own. Child processes of `multiprocessing` are ended
+  by whoever made them, or by the terminal, which interrupts them too.
+
+  Returns:
+    130, where this process is one of several, which wait for each other on
+    their way out, no longer than `peers.leave` lets them.
+  """
+  if jax.distributed.is_initialized():
+    peers.leave(_INTERRUPTED)
+    return _INTERRUPTED
+  for stream in (sys.stdout, sys.stderr):
+    # In a pipe, what reads it was interrupted too.
+    with contextlib.suppress(OSError):
+      stream.flush()
+  os._exit(_INTERRUPTED)
 
 
 def _others() -> distributed.Plan | None:

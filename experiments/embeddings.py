@@ -36,7 +36,7 @@ from dpc_jax.analysis import (
 )
 from dpc_jax.data import prepared
 from dpc_jax.training import config as config_lib
-from experiments import arguments, features, mistakes, reporting
+from experiments import arguments, features, finished, mistakes, reporting
 
 # What a figure calls a method.
 _NAMES = {
@@ -132,6 +132,8 @@ def _run(flags: argparse.Namespace, command: str) -> None:
   folders = list(dict.fromkeys(filter(None, flags.workdirs.split(","))))
   if not folders:
     raise config_lib.ConfigError("--workdirs is empty: name at least one run")
+  for folder in folders:
+    _check_run(folder)
   configs = [features.config_of(folder, flags.data_dir) for folder in folders]
   features.check_same_data(folders, configs)
   try:
@@ -153,6 +155,18 @@ def _run(flags: argparse.Namespace, command: str) -> None:
     seen.append(_see(flags, run, step, seen[0].numbers if seen else None))
   result, panels = _picture(flags, seen)
   _write(result | {"command": command}, panels, data.class_names, flags.workdir)
+
+
+def _check_run(folder: str) -> None:
+  """Where no run is but some are near, the line names one."""
+  where = pathlib.Path(folder).expanduser()
+  if (where / "config.json").is_file():
+    return
+  found = finished.runs_meant(where)
+  if found:
+    raise config_lib.ConfigError(
+      f"--workdirs: {folder}: holds no run; {finished.did_you_mean(found, '')}"
+    )
 
 
 def _check_flags(flags, dataset, splits) -> None:

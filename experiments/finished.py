@@ -3,7 +3,8 @@
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from dpc_jax.training import bits_log, checks, summary
@@ -101,6 +102,51 @@ _SIGNALS = {
 _REMEDY = (
   "the files are not of this version, or damaged: train anew in another folder"
 )
+
+
+def runs_meant(where: pathlib.Path) -> list[pathlib.Path]:
+  """Runs that may be meant by a folder that is none, finished or not.
+
+  That which it is part of, or else the nearest below it, no deeper than those
+  of a folder of grids; [] if there are none.
+  """
+  parent = _parent(where)
+  if (parent / "config.json").is_file():
+    return [parent]
+  for pattern in ("*", "*/*", "*/*/seed*"):
+    found = sorted(p.parent for p in where.glob(f"{pattern}/config.json"))
+    if found:
+      return found
+  return []
+
+
+def grids_meant(where: pathlib.Path) -> list[pathlib.Path]:
+  """Finished runs and grids with some that may be meant by a folder of neither.
+
+  The grid of which it is one method's part, or else those of `runs_meant`.
+  """
+  found: dict[pathlib.Path, None] = {}
+  for run in runs_meant(where):
+    if not (run / "summary.json").is_file():
+      continue
+    if re.fullmatch(r"seed\d+", run.name):
+      found[_parent(_parent(run))] = None
+    else:
+      found[run] = None
+  return list(found)
+
+
+def did_you_mean(paths: Iterable[pathlib.Path], other: str) -> str:
+  """A question as the end of a line of error; `other` if there are no paths."""
+  shown = list(paths)
+  if not shown:
+    return other
+  more = f", or another of {len(shown)} there" if len(shown) > 1 else ""
+  return f"did you mean {shown[0]}{more}?"
+
+
+def _parent(path: pathlib.Path) -> pathlib.Path:
+  return path.parent if path.name not in ("", "..") else path.resolve().parent
 
 
 def read_summary(run: pathlib.Path) -> dict[str, Any] | None:

@@ -90,9 +90,12 @@ def _write_grid(where: pathlib.Path) -> None:
     failure = said.get((method, seed), {"message": "not finished"})
     failures.append(comparison.Failure(method, seed, failure["message"]))
   if not runs:
+    remedy = finished.did_you_mean(
+      finished.grids_meant(where), "give a run's folder or a grid's"
+    )
     raise checks.ConfigError(
       f"--workdir={where}: no finished run in it, as METHOD/seedN/summary.json"
-      " would be; give a run's folder or a grid's"
+      f" would be; {remedy}"
     )
   _check_alike(where, runs)
   configs = {

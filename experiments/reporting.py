@@ -14,6 +14,7 @@ from dpc_jax.analysis import (
   comparison,
   curves,
   html,
+  phrases,
   pictures,
   plots,
   report,
@@ -30,7 +31,7 @@ _PICTURES = {
   "curves.png": "loss and test metric against steps",
   "curves_cost.png": "loss and test metric against cost",
   "bits.png": "bits and N_k per layer",
-  "moves*.png": "how bits moved, and why",
+  "moves*.png": "how bits moved, and by which signals, if any",
 }
 
 
@@ -69,7 +70,8 @@ def write_comparison(
   result = comparison.compare(runs, b_max=b_max)
   first = {method: by_seed[min(by_seed)] for method, by_seed in runs.items()}
   lines, decided = _read_logs(runs, grid)
-  _draw_bits(first, grid)
+  moved = [k for k in runs if adaptive_plot.has_moved(decided[k][1])]
+  _draw_bits(first, grid, moved)
   _draw_pareto(result, grid)
   drawn = _draw_curves(
     lines,
@@ -83,10 +85,15 @@ def write_comparison(
       *decided[method],
       first[method],
       grid / f"moves_{method}.png",
-      f"Signals and bits of {method}, seed {min(by_seed)}",
+      f" of {method}, seed {min(by_seed)}",
     )
   text = report.comparison(
-    result, runs, command=command, failures=failures, pictures=drawn
+    result,
+    runs,
+    command=command,
+    failures=failures,
+    pictures=drawn,
+    moved=moved,
   )
   _write_report(grid, text)
   _write_results(grid, result, runs, failures, command)
@@ -142,7 +149,8 @@ def write_run(
   lines = finished.read_metrics(run)
   signals, moves = finished.read_decisions(run)
   drawn = {}
-  if _draw_bits({method: of_run}, run):
+  moved = [method] if adaptive_plot.has_moved(moves) else []
+  if _draw_bits({method: of_run}, run, moved):
     drawn["bits.png"] = "Bits and weights per layer"
   drawn |= _draw_curves(
     {method: {seed: lines}},
@@ -151,9 +159,7 @@ def write_run(
     steps=of_run["steps"],
     b_max=b_max,
   )
-  drawn |= _draw_moves(
-    signals, moves, of_run, run / "moves.png", "Signals and bits"
-  )
+  drawn |= _draw_moves(signals, moves, of_run, run / "moves.png")
   text = run_report.run(
     of_run,
     config,
@@ -199,7 +205,7 @@ def _shown(where) -> list[str]:
   return sorted(set(re.findall(r"\]\(([^()\s/]+\.png)\)", text)))
 
 
-def _draw_bits(first, where) -> bool:
+def _draw_bits(first, where, moved) -> bool:
   """The widths of every method's first seed; whether there are any."""
   layers = next(iter(first.values()))["layers"]
   capacities = {
@@ -209,7 +215,9 @@ def _draw_bits(first, where) -> bool:
   }
   if capacities:
     bits = {method: run["bits"] for method, run in first.items()}
-    plots.bits_per_layer(bits, capacities, where / "bits.png")
+    plots.bits_per_layer(
+      bits, capacities, where / "bits.png", by_size=True, moved=moved
+    )
   return bool(capacities)
 
 
@@ -246,12 +254,16 @@ def _draw_curves(lines, where, *, metric, steps, b_max) -> dict[str, str]:
   return drawn
 
 
-def _draw_moves(signals, moves, of_run, path, what) -> dict[str, str]:
-  """{file: what it shows}; {} of a run that decides by no signal."""
-  if not signals:
-    return {}
-  adaptive_plot.bits_over_time(signals, moves, list(of_run["layers"]), path)
-  return {path.name: what}
+def _draw_moves(signals, moves, of_run, path, of="") -> dict[str, str]:
+  """{file: what it shows}; {} of a run without signals whose bits stay."""
+  layers, steps = list(of_run["layers"]), of_run["steps"]
+  if signals:
+    adaptive_plot.bits_over_time(signals, moves, layers, path, steps=steps)
+    return {path.name: phrases.SIGNALS + of}
+  if adaptive_plot.has_moved(moves):
+    adaptive_plot.bits_alone(moves, layers, path, steps=steps)
+    return {path.name: phrases.BITS + of}
+  return {}
 
 
 def _write_report(where, text) -> None:

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,17 @@ def test_examples_run_and_print_what_they_say(copy):
     env=os.environ | {"PYTHONPATH": path},
   )
   assert out.splitlines() == [*said, str(copy / "dpc_jax" / "__init__.py")]
+
+
+def test_the_comparison_knows_the_new_method(copy):
+  (command,) = re.findall(r"^ +(python -m .+\\\n.+)$", TEXT, re.M)
+  words = shlex.split(command.replace("\\\n", " "))
+  assert words[1:3] == ["-m", "experiments.compare"]
+  assert (ROOT / words[3].removeprefix("--config=")).is_file()
+  compared = words[4].removeprefix("--methods=").split(",")
+  code = "from dpc_jax.training import methods; print(*methods.names())"
+  known = run([sys.executable, "-c", code], cwd=copy).split()
+  assert set(compared) <= set(known) and compared[1] == "late_dpc"
 
 
 def test_files_keep_the_style_with_their_lines(copy):

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dpc_jax.analysis import pictures, plots
+from dpc_jax.analysis import labels, pictures, plots
 
 # {method: {seed: lines of `metrics.jsonl`}}.
 Lines = Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
@@ -16,10 +16,6 @@ _FAR_COST = 2.0
 # Positive values, but for accuracies, that span more than this factor have a
 # logarithmic axis.
 _WIDE = 30.0
-# Of an axis of accuracies (our decision): single images of a small test set
-# must not fill it. The course of training is wider than that.
-_LEAST_SPAN = 0.05
-_STYLES = ("-", "--", ":", "-.")
 
 
 class Curve(NamedTuple):
@@ -151,19 +147,8 @@ def training_curves(
     fontsize=11,
   )
   axes[1].set_xlim(left=0)
-  _name(figure, handles)
+  labels.legend(figure, [*handles.values()], [*handles], fontsize=10)
   pictures.save(figure, path, dpi=200)
-
-
-def _name(figure, handles) -> None:
-  figure.legend(
-    handles.values(),
-    handles,
-    loc="outside upper center",
-    ncols=4 if sum(map(len, handles)) <= 30 else 3,
-    frameon=False,
-    fontsize=10,
-  )
 
 
 def _far(curves) -> list[str]:
@@ -176,31 +161,31 @@ def _far(curves) -> list[str]:
 def _draw(axis, curves, far, with_markers) -> dict[str, Any]:
   """{label: line} of what was drawn."""
   drawn = {}
-  for i, (method, c) in enumerate(curves.items()):
+  looks = labels.looks(curves)
+  for method, c in curves.items():
     if c is None:
       continue
-    look = plots.look(i)
-    style = _STYLES[i // len(plots.COLORS) % len(_STYLES)]
+    color, marker, line = looks[method]
     if method in far:
       label = f"{method}, end at {c.x[-1]:.1f} x the cost"
       drawn[label] = axis.axhline(
-        c.mean[-1], color=look["color"], linestyle=(0, (1, 1.5)), linewidth=1.5
+        c.mean[-1], color=color, linestyle=(0, (1, 1.5)), linewidth=1.5
       )
       continue
     if len(c.x) == 1:
       # A band of no width would not be seen.
-      axis.vlines(c.x, c.low, c.high, color=look["color"], linewidth=1.3)
+      axis.vlines(c.x, c.low, c.high, color=color, linewidth=1.3)
     elif np.any(c.low < c.high):
       axis.fill_between(
-        c.x, c.low, c.high, color=look["color"], alpha=0.18, linewidth=0
+        c.x, c.low, c.high, color=color, alpha=0.18, linewidth=0
       )
     (drawn[method],) = axis.plot(
       c.x,
       c.mean,
-      color=look["color"],
-      linestyle=style,
+      color=color,
+      linestyle=line,
       linewidth=1.7,
-      marker=look["marker"] if with_markers or len(c.x) == 1 else None,
+      marker=marker if with_markers or len(c.x) == 1 else None,
       markersize=5,
       markevery=max(1, len(c.x) // 12),
     )
@@ -212,7 +197,7 @@ def _style(axis, curves, is_accuracy) -> None:
   axis.grid(alpha=0.3)
   axis.spines[["top", "right"]].set_visible(False)
   if is_accuracy:
-    plots.end_axis(axis, 1.0, _LEAST_SPAN)
+    plots.end_axis(axis, 1.0)
     return
   values = np.concatenate([[*c.low, *c.high] for c in curves] or [[1.0]])
   values = values[np.isfinite(values)]

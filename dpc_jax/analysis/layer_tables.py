@@ -21,6 +21,8 @@ ABOUT_COST = (
 def widths(runs: Mapping[str, Mapping[str, Any]]) -> Table:
   """N_k, MACs and the widths at the end of the run, a column per method.
 
+  The last line has the summaries' `mean_bits`, of the whole run.
+
   Args:
     runs: {method: summary} of one model, at least one.
 
@@ -29,7 +31,7 @@ def widths(runs: Mapping[str, Mapping[str, Any]]) -> Table:
   """
   header = ("layer", "N_k", "MACs", *(f"bits, {method}" for method in runs))
   layers = next(iter(runs.values()))["layers"]
-  return [
+  lines = [
     (
       cells.code(path),
       f"{cost['weights']:,}",
@@ -37,7 +39,28 @@ def widths(runs: Mapping[str, Mapping[str, Any]]) -> Table:
       *(cells.widths(run["bits"].get(path)) for run in runs.values()),
     )
     for path, cost in layers.items()
-  ], header
+  ]
+  means = (f"{run['mean_bits']:.2f}" for run in runs.values())
+  return [*lines, ("mean over the run", "", "", *means)], header
+
+
+def about_widths(seeds: str, moved: Sequence[str]) -> str:
+  """What the figures of `widths` are.
+
+  Args:
+    seeds: of the runs shown, in words.
+    moved: the methods whose bits change during a run.
+  """
+  text = (
+    f"Bits are weights/activations/gradients at the end of the run ({seeds})."
+  )
+  if moved:
+    names = ", ".join(map(cells.plain, moved))
+    text += f" During the run they moved: {names}."
+  return text + (
+    " The last line is the weights' mean over the quantized layers and all"
+    " steps."
+  )
 
 
 def costs(runs: Mapping[str, Mapping[str, Any]], b_max: int) -> Table:

@@ -1,7 +1,7 @@
 """What the reports of a run and of a grid say in the same words."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dpc_jax.analysis import cells
@@ -16,10 +16,20 @@ ABOUT_BANDS = (
   " Lines are means over seeds, bands reach from the lowest to the highest"
   " seed."
 )
-ABOUT_MOVES = (
-  "Above: what the rule decided by, z, at every decision, in nats against the"
-  " other layers (below 0 the gradient is stable, above 0 noisy; blank: not"
-  " known). Below: the bits from that step on."
+# What pictures of bits that moved show; the first is of runs with a rule.
+SIGNALS = "Signals and bits"
+BITS = "Bits over time"
+_ABOUT_SIGNALS = (
+  "Signals, above: what the rule decided by, z, at the end of every epoch, in"
+  " nats against the other layers (below 0 the gradient is stable, above 0"
+  " noisy). Gray: not known, and the layer asks for no other bits; so it is"
+  " until the warm-up is over, in an epoch in which the learning rate jumps,"
+  " and wherever a layer's mean gradient is lost in the noise of the batches."
+  " Below: the bits from that step on."
+)
+_ABOUT_BITS = (
+  "A picture without signals has the bits alone: over all steps of the run and,"
+  " where they move often, over the first of them once more."
 )
 LEFT_OUT = (
   "BitOPs count the multiply-accumulates of convolutions, dense layers and"
@@ -51,12 +61,33 @@ def moves(pictures: Mapping[str, str]) -> list[str]:
   """Lines of the part on bits that moved; [] without a picture of them.
 
   Args:
-    pictures: {file: what it shows}; those that begin with "moves" are taken.
+    pictures: {file: what it shows}; those that begin with "moves" are taken,
+      and of them what begins with `SIGNALS` is a picture of signals, too.
   """
   drawn = show(pictures, "moves")
   if not drawn:
     return []
-  return ["## Bits over time", "", *drawn, "", ABOUT_MOVES, ""]
+  has_signals = [
+    what.startswith(SIGNALS)
+    for file, what in pictures.items()
+    if file.startswith("moves")
+  ]
+  about = [_ABOUT_SIGNALS] if any(has_signals) else []
+  about += [] if all(has_signals) else [_ABOUT_BITS]
+  return ["## Bits over time", "", *drawn, "", " ".join(about), ""]
+
+
+def bits(layers: Iterable[Sequence[Any]], space: str = " ") -> str:
+  """Names the first of some widths, on an axis.
+
+  Args:
+    layers: (weights, activations, gradients) of all that is shown.
+    space: before what weights and activations are that have the same bits.
+  """
+  are_alike = all(layer[0] == layer[1] for layer in layers)
+  return (
+    f"bits of weights{space}and activations" if are_alike else "bits of weights"
+  )
 
 
 def show(pictures: Mapping[str, str], start: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpc_jax.analysis import labels, pictures
+from dpc_jax.analysis import labels, phrases, pictures
 
 # Okabe and Ito's colors, in the order in which they stay apart best.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -20,28 +20,43 @@ _FAR_COST = 2.0
 _LEAST_RANGE = 0.1
 # Nor accuracies: single images of a small test set must not fill the axis. The
 # part of the largest value that it spans at least (our decision).
-_LEAST_SPAN = 0.02
+LEAST_SPAN = 0.05
+# What a bar and a point hide on either side, in inches.
+_BAR, _POINT = 0.035, 0.07
 
 
 def bits_per_layer(
   runs: Mapping[str, Mapping[str, Sequence[Any]]],
   capacities: Mapping[str, int],
   path: str | pathlib.Path,
+  *,
+  by_size: bool = False,
+  moved: Collection[str] = (),
 ) -> None:
-  """Draws the weights' width of every layer above its number of weights.
+  """Draws the widths of every layer above its number of weights.
+
+  Those of the weights and, where all are alike, of the input activations.
 
   Args:
-    runs: {label: {layer path: (weights, activations, gradients)}}; a run
+    runs: {method: {layer path: (weights, activations, gradients)}}; a run
       without a layer, such as a float one, shows nothing there. Lists of
       widths, of stacked layers, are drawn one by one.
     capacities: {layer path: N_k}, in the network's order.
     path: the PNG to write; the SVG lies beside it.
+    by_size: whether layers stand from the smallest N_k to the largest, equal
+      ones in the network's order, with a line through the widths of a run;
+      else in the network's order.
+    moved: the methods of which these widths are but the last; the legend says
+      so.
   """
   # Late and local: `import dpc_jax` must not load matplotlib, and a figure of
   # its own leaves the user's backend alone.
   from matplotlib.figure import Figure
 
   names, sizes = _unstacked(capacities, runs)
+  if by_size:
+    order = np.argsort(sizes, kind="stable")
+    names, sizes = [names[i] for i in order], [sizes[i] for i in order]
   x = np.arange(len(names))
   room = max(0.34, 0.075 * len(runs))  # of a layer, in inches
   figure = Figure(
@@ -49,22 +64,24 @@ def bits_per_layer(
     layout="constrained",
   )
   top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-  # Of every run with widths: (its place among all runs, its label, widths).
-  drawn = [
-    (i, label, widths)
-    for i, (label, bits) in enumerate(runs.items())
-    if not np.all(np.isnan(widths := [_width(bits, name) for name in names]))
-  ]
-  _draw_widths(top, x, drawn)
+  drawn = {}
+  for method, bits in runs.items():
+    widths = [_width(bits, name) for name in names]
+    if not np.all(np.isnan(widths)):
+      drawn[method] = widths
+  _draw_widths(top, x, drawn, labels.looks(runs), by_size, moved)
+  shown = [layer for bits in runs.values() for layer in bits.values()]
+  top.set_ylabel(phrases.bits(shown, "\n"))
   if len(drawn) <= 4:
     top.legend(loc="lower left", ncols=max(len(drawn), 1), frameon=False)
   else:
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    labels.legend(figure, *top.get_legend_handles_labels())
   _draw_sizes(bottom, x, sizes)
   if len(x) <= _NAMED_LAYERS:
     bottom.set_xticks(x, names, rotation=40, ha="right", fontsize=8)
-  else:
-    bottom.set_xlabel("layer, from input to output")
+  ends = "the fewest weights to the most" if by_size else "input to output"
+  if by_size or len(x) > _NAMED_LAYERS:
+    bottom.set_xlabel(f"layers, from {ends}")
   for axis in (top, bottom):
     axis.spines[["top", "right"]].set_visible(False)
   pictures.save(figure, path)
@@ -84,21 +101,23 @@ def look(
   }
 
 
-def _draw_widths(axis, x, drawn):
+def _draw_widths(axis, x, drawn, looks, is_joined, moved):
   # Markers at the same width would hide each other: shift them sideways.
   shift = min(0.24, 0.8 / max(len(drawn), 1))
   shifts = shift * (np.arange(len(drawn)) - (len(drawn) - 1) / 2)
-  for (i, label, widths), aside in zip(drawn, shifts, strict=True):
+  is_small = len(x) > _NAMED_LAYERS or len(drawn) > 6
+  for (method, widths), aside in zip(drawn.items(), shifts, strict=True):
     axis.plot(
       x + aside,
       widths,
-      linestyle="none",
-      **look(i),
-      markersize=7 if len(x) <= _NAMED_LAYERS and len(drawn) <= 6 else 4,
-      label=label,
+      color=looks[method].color,
+      marker=looks[method].marker,
+      linestyle=looks[method].line if is_joined else "none",
+      linewidth=0.8,
+      markersize=4 if is_small else 7,
+      label=f"{method}, at the end" if method in moved else method,
     )
-  widest = max((np.nanmax(widths) for _, _, widths in drawn), default=0)
-  axis.set_ylabel("bits of the weights")
+  widest = max(map(np.nanmax, drawn.values()), default=0)
   axis.set_ylim(0, widest + 1)
   axis.yaxis.get_major_locator().set_params(integer=True)
   axis.grid(axis="y", alpha=0.3)
@@ -111,6 +130,8 @@ def _draw_sizes(axis, x, sizes):
   axis.set_ylabel("weights, $N_k$")
   weighty = [size for size in sizes if size > 0]
   if weighty:
+    if max(weighty) > 10 * min(weighty):
+      axis.yaxis.set_minor_formatter("")
     # Room below the smallest layer, or its bar would have no height.
     axis.set_ylim(bottom=min(weighty) / 3)
 
@@ -150,10 +171,10 @@ def pareto(
 ) -> None:
   """Draws a test metric against cost, each method with its name beside it.
 
-  Methods on the frontier are filled and joined by a line. Points of almost
-  equal cost are moved apart sideways. A method that costs more than twice the
-  unit, such as float, is a horizontal line with its cost in words: on the axis
-  it would leave one corner to all others.
+  Methods on the frontier are filled and joined by a line. No point is moved:
+  bars and points behind others are broader and larger than these. A method that
+  costs more than twice the unit, such as float, is a horizontal line with its
+  cost in words: on the axis it would leave one corner to all others.
 
   Args:
     points: {method: (cost, mean, low, high)}, at least one: cost in `unit`,
@@ -163,7 +184,7 @@ def pareto(
     metric: names the vertical axis.
     unit: of the cost.
     highest: the metric's largest value, 1 for an accuracy: the axis ends there
-      and spans 2 % of it or more; None has none.
+      and spans 5 % of it or more; None has none.
   """
   from matplotlib.figure import Figure
 
@@ -177,30 +198,31 @@ def pareto(
   axis.set_ylabel(metric, fontsize=11)
   axis.grid(alpha=0.3)
   axis.spines[["top", "right"]].set_visible(False)
-  axis.margins(x=0.15, y=0.12)
-  x = dict(zip(near, _apart([p[0] for p in near.values()]), strict=True))
-  looks = {k: look(i) for i, k in enumerate(points)}
-  _draw_methods(axis, near, frontier, x, looks)
-  for _, mean, _, _ in far.values():
-    axis.axhline(mean, color="#777777", linestyle=":", linewidth=1.5)
+  looks = labels.looks(points)
+  for k, (_, mean, _, _) in far.items():
+    axis.axhline(mean, color=looks[k].color, linestyle=":", linewidth=1.5)
+  _fit(axis, near)
   if highest is not None:
-    end_axis(axis, highest, _LEAST_SPAN)
+    end_axis(axis, highest)
   figure.draw_without_rendering()
-  # The names must not move what they were placed around.
+  # What is drawn now was placed by the limits.
   figure.set_layout_engine("none")
+  _draw_methods(axis, near, frontier, looks)
   along = np.linspace(*axis.get_xlim(), 9)[::-1]
-  # A name stands by its point or, in a crowd, by an end of its bar.
-  anchors = {
-    k: [(x[k], y) for y in near[k][1:] if y is not None] for k in near
-  } | {
+  anchors = {k: [(cost, mean)] for k, (cost, mean, _, _) in near.items()} | {
     f"{k}, {cost:.1f} x the cost": [(place, mean) for place in along]
     for k, (cost, mean, _, _) in far.items()
   }
-  labels.place(axis, anchors, _obstacles(axis, near, far, x, frontier))
+  labels.place(
+    axis,
+    anchors,
+    _obstacles(axis, near, far, frontier),
+    colors={k: looks[k].color for k in near},
+  )
   pictures.save(figure, path, dpi=200)
 
 
-def end_axis(axis: Any, highest: float, least: float) -> None:
+def end_axis(axis: Any, highest: float, least: float = LEAST_SPAN) -> None:
   """Fits the vertical axis to a metric whose largest value is known.
 
   Args:
@@ -217,51 +239,56 @@ def end_axis(axis: Any, highest: float, least: float) -> None:
   axis.set_ylim(bottom, top)
 
 
-def _apart(costs):
-  """Places of points on the axis: those of almost equal cost side by side."""
-  costs = np.array(costs)
-  step = 0.03 * max(np.ptp(costs), _LEAST_RANGE)
-  places = costs.copy()
-  order = np.argsort(costs, kind="stable")
-  for group in np.split(
-    order, 1 + np.flatnonzero(np.diff(costs[order]) > step)
-  ):
-    shifts = np.arange(len(group)) - (len(group) - 1) / 2
-    places[group] = np.mean(costs[group]) + step * shifts
-  return places.tolist()
+def _fit(axis, points) -> None:
+  costs = [point[0] for point in points.values()]
+  for cost, *values in points.values():
+    axis.update_datalim([(cost, y) for y in values if y is not None])
+  axis.margins(y=0.12)
+  middle = (min(costs) + max(costs)) / 2
+  span = max(1.35 * np.ptp(costs), _LEAST_RANGE)
+  # Cheap methods crowd: there is more room for their names on the left.
+  axis.set_xlim(middle - 0.55 * span, middle + 0.45 * span)
 
 
-def _draw_methods(axis, points, frontier, x, looks):
-  for label, (_, mean, low, high) in points.items():
-    shape = looks[label]
-    color = shape["color"]
-    if low is not None:
-      axis.plot([x[label]] * 2, [low, high], "_-", color=color, ms=7, lw=1.3)
+def _draw_methods(axis, points, frontier, looks) -> None:
+  axis.autoscale(False)
+  dots = axis.figure.dpi
+  bars, marks = {}, {}
+  for k, (cost, mean, *ends) in points.items():
+    x, y = axis.transData.transform((cost, mean))
+    marks[k] = np.array([x, y, x, y]) + _POINT * dots * np.array([-1, -1, 1, 1])
+    if None not in ends:
+      (_, low), (_, high) = axis.transData.transform([(cost, e) for e in ends])
+      bars[k] = np.array([x - _BAR * dots, low, x + _BAR * dots, high])
+  for k, rank in labels.ranks(bars).items():
+    cost, _, *ends = points[k]
+    look = {"color": looks[k].color, "zorder": 2 - rank / 100}
+    rank = min(rank, 3)  # or a crowd would be one block
+    axis.plot([cost] * 2, ends, "-", lw=1.3 + 2 * rank, **look)
+    axis.plot([cost] * 2, ends, "_", ms=7 + 4 * rank, **look)
+  for k, rank in labels.ranks(marks).items():
     axis.plot(
-      x[label],
-      mean,
-      **shape,
-      markerfacecolor=color if label in frontier else "white",
+      *points[k][:2],
+      marker=looks[k].marker,
+      color=looks[k].color,
+      markerfacecolor=looks[k].color if k in frontier else "white",
       markeredgewidth=1.6,
-      markersize=8,
-      zorder=3,
+      markersize=8 + 3.5 * rank,
+      zorder=3 - rank / 100,
     )
-  best = sorted((x[k], points[k][1]) for k in points if k in frontier)
+  best = sorted(points[k][:2] for k in points if k in frontier)
   if best:
     axis.plot(*zip(*best, strict=True), "--", color="#777777", lw=1, zorder=0)
-  left, right = axis.get_xlim()
-  missing = max(_LEAST_RANGE - (right - left), 0) / 2
-  axis.set_xlim(left - missing, right + missing)
 
 
-def _obstacles(axis, near, far, x, frontier):
+def _obstacles(axis, near, far, frontier):
   """Boxes, in pixels, that the names keep free: points, bars, lines."""
   pixels = axis.figure.dpi / 72
   corners = []
-  for label, (_, mean, low, high) in near.items():
-    corners.append((x[label], mean, mean, 6))
+  for cost, mean, low, high in near.values():
+    corners.append((cost, mean, mean, 6))
     if low is not None:
-      corners.append((x[label], low, high, 3))
+      corners.append((cost, low, high, 3))
   left, bottom, right, top = axis.get_window_extent().extents
   boxes = []
   for place, low, high, pad in corners:
@@ -271,7 +298,7 @@ def _obstacles(axis, near, far, x, frontier):
   for _, mean, _, _ in far.values():
     y = axis.transData.transform((0, mean))[1]
     boxes.append((left, y - pixels, right, y + pixels))
-  best = np.array(sorted((x[k], near[k][1]) for k in near if k in frontier))
+  best = np.array(sorted(near[k][:2] for k in near if k in frontier))
   for start, end in itertools.pairwise(best):
     line = np.linspace(start, end, 40)
     for a, b in axis.transData.transform(line):

@@ -10,8 +10,8 @@ from dpc_jax.analysis import comparison as comparison_lib
 _ABOUT_PARETO = (
   "Final metric against cost: means over seeds, with 95 % Student-t intervals"
   " where there are several. Filled points are on the frontier: no other method"
-  " is at least as good and as cheap. Points of almost equal cost stand side by"
-  " side."
+  " is at least as good and as cheap. Where bars or points lie on one another,"
+  " those behind are broader. An axis of accuracies spans at least 0.05."
 )
 _UNKNOWN_COMMAND = (
   "No record says which command trained all of these runs; the `config.json` of"
@@ -106,6 +106,7 @@ def comparison(
   command: str | None,
   failures: Sequence[comparison_lib.Failure] = (),
   pictures: Mapping[str, str] | None = None,
+  moved: Sequence[str] = (),
 ) -> str:
   """A Markdown report of a grid: one model on one data set.
 
@@ -117,6 +118,7 @@ def comparison(
     pictures: {file: what it shows} of those drawn besides `pareto.png` and, of
       a grid with any quantized layer, `bits.png`: files that begin with
       "curves" and with "moves".
+    moved: the methods whose bits change during a run.
   """
   summaries = [run for by_seed in runs.values() for run in by_seed.values()]
   first = {
@@ -136,12 +138,12 @@ def comparison(
       "",
       _ABOUT_PARETO,
       "",
-      *_differences(result),
+      *_differences(result, {failure.method for failure in failures}),
       *_training(result, pictures),
       *phrases.moves(pictures),
       "## Layers",
       "",
-      *_layers(first, result.b_max),
+      *_layers(first, result.b_max, moved),
       *_failed(failures),
       "## Limits",
       "",
@@ -161,15 +163,15 @@ def _training(result, pictures) -> list[str]:
   return ["## Training", "", *drawn, "", about, ""]
 
 
-def _layers(first, b_max) -> list[str]:
+def _layers(first, b_max, moved) -> list[str]:
   """Sizes, widths and costs, of every method's first seed."""
   picture = ["![Bits and weights per layer](bits.png)", ""]
+  seeds = cells.seeds(sorted({run["seed"] for run in first.values()}))
   return [
     *(picture if any(map(layer_tables.has_widths, first.values())) else []),
     markdown_table(*layer_tables.widths(first)),
     "",
-    "Bits are weights/activations/gradients at the end of the run"
-    f" ({cells.seeds(sorted({run['seed'] for run in first.values()}))}).",
+    layer_tables.about_widths(seeds, moved),
     "",
     markdown_table(*layer_tables.costs(first, b_max)),
     "",
@@ -269,7 +271,7 @@ def _about_methods(result) -> str:
   )
 
 
-def _differences(result) -> list[str]:
+def _differences(result, failed) -> list[str]:
   text = ["## Differences", "", _how_to_read(result), ""]
   for measure in comparison_lib.MEASURES:
     for reference, pairs in _by_reference(result, measure).items():
@@ -281,12 +283,15 @@ def _differences(result) -> list[str]:
         markdown_table(*_pairs(pairs, result)),
         "",
       ]
-  if result.missing_references:
-    text += [
-      "Not among the finished runs, so that nothing is compared with it:"
-      f" {', '.join(result.missing_references)}.",
-      "",
-    ]
+  for name in result.missing_references:
+    is_static = name.startswith("static")
+    what = "static bits" if is_static else "uniform bits of equal cost"
+    remedy = (
+      f"No run of {name} is finished, so that nothing is compared with {what}."
+      if name in failed
+      else f"Add {name} to `--methods` to compare with {what}."
+    )
+    text += [remedy, ""]
   return text
 
 

@@ -1,5 +1,6 @@
 """A Markdown report of one finished run."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,9 @@ _ABOUT_COST = (
   " Share is the layer's part of the network's cost; the last column, where a"
   " layer is quantized, is its cost as a multiple of that at the static width."
 )
-_ONE_RUN = (
-  "One run: how much of its figures is the noise of a seed is not measured;"
-  " `python -m experiments.compare --seeds=5` would show. "
+_END = (
+  "The bits are those of the run's end: they moved before, and their mean over"
+  " the run is above, under Result. "
 )
 
 
@@ -55,7 +56,7 @@ def run(
       *_training(pictures),
       *phrases.moves(pictures),
       *_moves(moves),
-      *_layers(summary, b_max, pictures),
+      *_layers(summary, b_max, pictures, moves),
       "## Config",
       "",
       report.markdown_table(list(_fields(config)), ("field", "value")),
@@ -65,7 +66,7 @@ def run(
       "",
       "## Limits",
       "",
-      _ONE_RUN + limits + phrases.LEFT_OUT,
+      _one_run(summary["method"]) + limits + phrases.LEFT_OUT,
       "",
     ]
   )
@@ -78,15 +79,32 @@ def _training(pictures) -> list[str]:
   )
 
 
-def _layers(summary, b_max, pictures) -> list[str]:
+def _one_run(method) -> str:
+  # Files and users' methods may have names with anything in them.
+  argument = shlex.quote(f"--methods={method}")
+  command = f"python -m experiments.compare --config=FILE {argument} --seeds=5"
+  return (
+    "One run: how much of its figures is the noise of a seed is not measured;"
+    f" {cells.code(command)} would show, FILE being the recipe it was trained"
+    " by. "
+  )
+
+
+def _layers(summary, b_max, pictures, moves) -> list[str]:
   drawn = phrases.show(pictures, "bits")
+  has_moved = any(
+    line["old"] is not None and line["old"] != line["new"] for line in moves
+  )
   return [
     "## Layers",
     "",
     *([*drawn, ""] if drawn else []),
     report.markdown_table(*layer_tables.run(summary, b_max)),
     "",
-    "Forward and backward in MBitOPs. " + layer_tables.ABOUT_COST + _ABOUT_COST,
+    (_END if has_moved else "")
+    + "Forward and backward in MBitOPs. "
+    + layer_tables.ABOUT_COST
+    + _ABOUT_COST,
     "",
   ]
 

@@ -262,8 +262,8 @@ def how_to_get(name: str, folder: str | os.PathLike[str]) -> str:
     + "prepare it once, which needs TensorFlow: python -c "
     f"\"{imports}; tfds.builder('{name}', "
     f"file_format='array_record', data_dir='{folder}')"
-    '.download_and_prepare()" and point --config.data.dir or TFDS_DATA_DIR '
-    "to that folder"
+    '.download_and_prepare()" and name that folder by data.dir '
+    "(--config.data.dir, or --data_dir) or TFDS_DATA_DIR"
   )
 
 

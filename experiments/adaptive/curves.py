@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics.read_lines(run / "bits.jsonl"),
         list(summary["layers"]),
         run / "adaptive.png",
+        steps=summary["steps"],
       )
     except (OSError, ValueError, KeyError) as error:
       print(

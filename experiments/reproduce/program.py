@@ -12,7 +12,7 @@ from typing import Any
 
 from dpc_jax.analysis import cells, html
 from dpc_jax.training import termination
-from experiments import arguments, mistakes, reporting
+from experiments import arguments, cli, mistakes, reporting
 from experiments.reproduce import scales, tables, trials
 
 TABLES = (
@@ -59,7 +59,7 @@ def main(
     return 0
   except KeyboardInterrupt:
     print("error: interrupted; the same command goes on", file=sys.stderr)
-    return 130
+    return cli.leave_interrupted()
   except OSError as error:
     line = f"{error.filename or where}: {error.strerror or error}"
     print(f"error: {mistakes.one_line(line)}", file=sys.stderr)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpc_jax.analysis import curves, pictures
+from dpc_jax.analysis import curves, labels, pictures
 
 
 def line(step, split="train", **values):
@@ -152,6 +152,15 @@ def test_many_methods_share_no_color_and_style(drawn):
     (line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines
   }
   assert len(looks) == 13
+
+
+def test_methods_look_as_in_other_pictures(drawn):
+  lines = {"mine": {0: run()}, "dpc": {0: run()}, "uniform": {0: run()}}
+  found = [
+    (line.get_color(), line.get_marker(), line.get_linestyle())
+    for line in drawn(lines).axes[1].lines
+  ]
+  assert found == [tuple(look) for look in labels.looks(lines).values()]
 
 
 def test_nothing_to_draw(tmp_path):

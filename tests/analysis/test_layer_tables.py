@@ -8,6 +8,7 @@ from dpc_jax.analysis import layer_tables
 def summary(bits, layers=1):
   return {
     "bits": bits,
+    "mean_bits": 5.125,
     "layers": {
       "conv": {"weights": 100, "macs": 10**6, "layers": layers},
       "head": {"weights": 50, "macs": 10**5, "layers": 1},
@@ -75,6 +76,16 @@ def test_stacked_layers_count_each():
   assert found["sum"]["MACs"] == "2,100,000"
   sizes = rows(layer_tables.widths({"dpc": stacked}))
   assert sizes["`conv`"]["bits, dpc"] == "[4, 2]/[5, 2]/[8, 8]"
+
+
+def test_widths_are_those_of_the_end_beside_the_mean_of_the_run():
+  found = rows(layer_tables.widths({"float": FLOAT, "dpc": DPC}))
+  assert found["`conv`"]["bits, dpc"] == "4/5/8"
+  assert found["mean over the run"]["bits, dpc"] == "5.12"
+  text = layer_tables.about_widths("seed 0", ["cpt", "my_own_"])
+  assert "at the end of the run (seed 0)." in text
+  assert "During the run they moved: cpt, my_own\\_." in text
+  assert "moved" not in layer_tables.about_widths("seed 0", [])
 
 
 @pytest.mark.parametrize(("run", "has"), [(DPC, True), (FLOAT, False)])

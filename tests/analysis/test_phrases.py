@@ -28,3 +28,32 @@ def test_a_mean_over_seeds_and_what_is_not_known():
   assert low < 0.9861 < high and high - low < 0.005
   assert phrases.binomial(0.9, "accuracy", None) == ""
   assert phrases.binomial(3.2, "perplexity", 360) == ""
+
+
+def about(**pictures):
+  return "\n".join(
+    phrases.moves({f"{k}.png": what for k, what in pictures.items()})
+  )
+
+
+def test_pictures_of_moves_are_explained_by_what_they_show():
+  signals, bits = (f"{what} of a" for what in (phrases.SIGNALS, phrases.BITS))
+  both = about(moves_a=signals, moves_b=bits, curves="c")
+  assert both.startswith(
+    "## Bits over time\n\n![Signals and bits of a](moves_a.png)\n"
+    "![Bits over time of a](moves_b.png)\n\n"
+  )
+  for text, has_signals, has_bits in (
+    (both, True, True),
+    (about(moves=signals), True, False),
+    (about(moves=bits), False, True),
+  ):
+    assert ("Gray: not known" in text) is has_signals
+    assert ("A picture without signals" in text) is has_bits
+  assert about(curves="c") == ""
+
+
+def test_bits_are_of_what_has_them():
+  layers = [(5, 5, 8), ([3, 4], [3, 4], [8, 8])]
+  assert phrases.bits(layers) == "bits of weights and activations"
+  assert phrases.bits([*layers, (5, 8, 8)]) == "bits of weights"

@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpc_jax.analysis import plots
+from dpc_jax.analysis import labels, plots
 
 CAPACITIES = {"stem": 144, "conv": 2304, "big": 36864}
+# Axes and texts are black, and so are static bits.
+ORANGE, BLUE, SKY = (
+  labels.looks([method])[method].color
+  for method in ("uniform", "dpc", "reversed")
+)
 
 
 def pixels(path, color):
@@ -38,12 +43,12 @@ def test_bits_per_layer_draws_widths_above_sizes(tmp_path):
   path = tmp_path / "bits.png"
   widths = {"stem": 8, "conv": 6, "big": 3}
   runs = {
-    "static8": dict.fromkeys(CAPACITIES, (8, 8, 8)),
+    "uniform": dict.fromkeys(CAPACITIES, (8, 8, 8)),
     "dpc": {name: (w, w, 8) for name, w in widths.items()},
   }
   plots.bits_per_layer(runs, CAPACITIES, path)
-  static = markers(path, plots.COLORS[0], 3)
-  dpc = markers(path, plots.COLORS[1], 3)
+  static = markers(path, ORANGE, 3)
+  dpc = markers(path, BLUE, 3)
   # Heights are widths, to a straight line: 8, 6, 3 from left to right.
   y = dpc[:, 1]
   assert y[0] == pytest.approx(static[0, 1], abs=3)
@@ -66,7 +71,7 @@ def test_any_number_of_layers(tmp_path, count):
   capacities = {f"layer{i}": i + 1 for i in range(count)}
   runs = {"dpc": dict.fromkeys(capacities, (5, 5, 8))}
   plots.bits_per_layer(runs, capacities, tmp_path / "bits.png")
-  assert len(pixels(tmp_path / "bits.png", plots.COLORS[0])) > 10 * count
+  assert len(pixels(tmp_path / "bits.png", BLUE)) > 10 * count
 
 
 def test_stacked_layers_are_drawn_one_by_one():
@@ -78,12 +83,6 @@ def test_stacked_layers_are_drawn_one_by_one():
   assert np.isnan(plots._width(runs["dpc"], "head"))
 
 
-def test_a_float_run_leaves_no_marker(tmp_path):
-  runs = {"float": {}, "dpc": dict.fromkeys(CAPACITIES, (5, 5, 8))}
-  plots.bits_per_layer(runs, CAPACITIES, tmp_path / "bits.png")
-  assert len(pixels(tmp_path / "bits.png", plots.COLORS[0])) == 0
-
-
 @pytest.fixture
 def figures(monkeypatch):
   """What would have been saved."""
@@ -92,6 +91,45 @@ def figures(monkeypatch):
     plots.pictures, "save", lambda figure, *_, **__: found.append(figure)
   )
   return found
+
+
+def test_a_float_run_leaves_no_marker(figures):
+  runs = {"float": {}, "dpc": dict.fromkeys(CAPACITIES, (5, 5, 8))}
+  plots.bits_per_layer(runs, CAPACITIES, "x.png")
+  assert [line.get_label() for line in figures[0].axes[0].lines] == ["dpc"]
+
+
+def test_layers_by_size_keep_the_order_of_equal_ones(figures):
+  capacities = {"big": 36, "first": 9, "product": 0, "second": 9}
+  runs = {"dpc": {k: (8 - i, 8, 8) for i, k in enumerate(capacities)}}
+  plots.bits_per_layer(runs, capacities, "x.png", by_size=True)
+  top, bottom = figures[-1].axes
+  names = [label.get_text() for label in bottom.get_xticklabels()]
+  assert names == ["product", "first", "second", "big"]
+  assert top.lines[0].get_ydata().tolist() == [6, 7, 5, 8]
+  assert top.lines[0].get_linestyle() == "-"
+  assert [bar.get_height() for bar in bottom.patches] == [0, 9, 9, 36]
+  assert "fewest weights to the most" in bottom.get_xlabel()
+  plots.bits_per_layer(runs, capacities, "x.png")
+  top, bottom = figures[-1].axes
+  names = [label.get_text() for label in bottom.get_xticklabels()]
+  assert names == list(capacities) and bottom.get_xlabel() == ""
+  assert top.lines[0].get_linestyle() == "None"
+
+
+def test_bits_that_moved_and_whose_they_are(figures):
+  runs = {
+    "cpt": dict.fromkeys(CAPACITIES, (5, 5, 8)),
+    "dpc": dict.fromkeys(CAPACITIES, (4, 4, 8)),
+  }
+  plots.bits_per_layer(runs, CAPACITIES, "x.png", moved=["cpt"])
+  axis = figures[-1].axes[0]
+  names = [text.get_text() for text in axis.get_legend().get_texts()]
+  assert names == ["cpt, at the end", "dpc"]
+  assert axis.get_ylabel() == "bits of weights\nand activations"
+  runs["dpc"]["stem"] = (4, 8, 8)
+  plots.bits_per_layer(runs, CAPACITIES, "x.png")
+  assert figures[-1].axes[0].get_ylabel() == "bits of weights"
 
 
 def test_a_float_run_takes_no_room_beside_a_tick(figures):
@@ -157,34 +195,32 @@ def centers(path, color):
 def test_pareto_places_cost_and_metric(tmp_path):
   path = tmp_path / "pareto.png"
   points = {
-    "static8": (1.0, 0.92, None, None),
-    "static6": (0.6, 0.90, None, None),
+    "uniform": (1.0, 0.92, None, None),
+    "reversed": (0.6, 0.90, None, None),
     "dpc": (0.7, 0.94, None, None),
   }
-  plots.pareto(points, ["static6", "dpc"], path, metric="accuracy")
-  static8, static6, dpc = (centers(path, c) for c in plots.COLORS[:3])
-  assert (dpc - static6)[0] / (static8 - static6)[0] == pytest.approx(
+  plots.pareto(points, ["reversed", "dpc"], path, metric="accuracy")
+  uniform, other, dpc = (centers(path, c) for c in (ORANGE, SKY, BLUE))
+  assert (dpc - other)[0] / (uniform - other)[0] == pytest.approx(
     0.25, abs=0.02
   )
   # Pixels count downwards.
-  assert (dpc - static6)[1] / (static8 - static6)[1] == pytest.approx(
-    2, rel=0.05
-  )
-  assert dpc[1] < static6[1]
-  # On the frontier: filled; off it: a ring around white.
-  filled, hollow = (len(pixels(path, plots.COLORS[i])) for i in (1, 0))
+  assert (dpc - other)[1] / (uniform - other)[1] == pytest.approx(2, rel=0.06)
+  assert dpc[1] < other[1]
+  # On the frontier: filled; off it: an outline around white.
+  filled, hollow = (len(pixels(path, color)) for color in (BLUE, ORANGE))
   assert filled > 1.5 * hollow
 
 
 def test_pareto_bars_are_the_intervals(tmp_path):
   path = tmp_path / "pareto.png"
   points = {
-    "static8": (1.0, 0.92, 0.90, 0.94),
+    "uniform": (1.0, 0.92, 0.90, 0.94),
     "dpc": (0.7, 0.93, 0.92, 0.94),
-    "one seed": (0.8, 0.90, None, None),
+    "reversed": (0.8, 0.90, None, None),
   }
   plots.pareto(points, ["dpc"], path, metric="accuracy")
-  heights = [np.ptp(pixels(path, color)[:, 0]) for color in plots.COLORS[:3]]
+  heights = [np.ptp(pixels(path, color)[:, 0]) for color in (ORANGE, BLUE, SKY)]
   assert heights[0] / heights[1] == pytest.approx(2, rel=0.03)
   assert heights[2] < 40  # the marker alone
 
@@ -192,14 +228,14 @@ def test_pareto_bars_are_the_intervals(tmp_path):
 def test_pareto_ends_at_the_largest_value(tmp_path):
   # The middle bar reaches 1; the left one would go on to 1.9.
   points = {
-    "wide": (0.5, 0.9, 0.0, 1.9),
-    "exact": (0.7, 0.95, 0.0, 1.0),
+    "uniform": (0.5, 0.9, 0.0, 1.9),
+    "dpc": (0.7, 0.95, 0.0, 1.0),
   }
   heights = []
   for highest in (None, 1.0):
     path = tmp_path / f"{highest}.png"
     plots.pareto(points, [], path, metric="accuracy", highest=highest)
-    wide, exact = (np.ptp(pixels(path, c)[:, 0]) for c in plots.COLORS[:2])
+    wide, exact = (np.ptp(pixels(path, c)[:, 0]) for c in (ORANGE, BLUE))
     heights.append(wide / exact)
   assert heights[0] == pytest.approx(1.9, rel=0.03)
   assert heights[1] == pytest.approx(1.04, abs=0.03)
@@ -214,42 +250,92 @@ def test_pareto_of_accuracies_spans_more_than_an_image(figures):
   for highest in (1.0, None):
     plots.pareto(points, [], "x.png", metric="accuracy", highest=highest)
     bottom, top = figures[-1].axes[0].get_ylim()
-    assert bottom < 0.98 and 0.98 + 1 / 360 < top <= 1
+    assert bottom < 0.98 and 0.98 + 1 / 360 < top <= 1.003
     spans.append(top - bottom)
-  assert spans == pytest.approx([0.02, 1.24 / 360])
+  assert 0.0499 < spans[0] < 0.0525
+  assert spans[1] == pytest.approx(1.24 / 360)
 
 
-def test_pareto_moves_equal_costs_apart_and_keeps_their_order():
-  places = plots._apart([0.7, 1.0, 0.699, 0.701])
-  assert np.all(np.diff([places[i] for i in (2, 0, 3)]) > 0.008)
-  assert places[0] == pytest.approx(0.7)
-  assert places[1] == 1
-  assert plots._apart([0.7]) == [0.7]
+def test_pareto_draws_equal_costs_where_they_are_and_tells_them_apart(figures):
+  points = {
+    "dpc": (0.5614, 0.9066, 0.90, 0.914),
+    "uniform": (0.562, 0.904, 0.89, 0.916),
+    "twin": (0.5614, 0.9066, None, None),
+    "adaptive": (0.54, 0.9044, 0.89, 0.91),
+    "static8": (1.0, 0.91, 0.9, 0.93),
+  }
+  plots.pareto(points, ["dpc"], "x.png", metric="accuracy", highest=1.0)
+  axis = figures[0].axes[0]
+  bars = {line.get_color(): line for line in axis.lines if _is_bar(line)}
+  found = {line.get_color(): line for line in axis.lines if _is_mark(line)}
+  for name, look in labels.looks(points).items():
+    (cost, mean, low, high) = points[name]
+    mark = found[look.color]
+    assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (cost, mean)
+    if low is not None:
+      bar = bars[look.color]
+      np.testing.assert_array_equal(bar.get_xdata(), [cost, cost])
+      np.testing.assert_array_equal(bar.get_ydata(), [low, high])
+  colors = {name: look.color for name, look in labels.looks(points).items()}
+  front, behind, alone = (
+    bars[colors[k]] for k in ("dpc", "uniform", "static8")
+  )
+  assert behind.get_linewidth() > front.get_linewidth() + 1
+  assert behind.get_zorder() < front.get_zorder()
+  assert alone.get_linewidth() == front.get_linewidth()
+  sizes = [found[colors[k]].get_markersize() for k in ("dpc", "twin")]
+  assert abs(sizes[0] - sizes[1]) > 3
+
+
+def _is_bar(line):
+  return len(line.get_xdata()) == 2 and line.get_linestyle() == "-"
+
+
+def _is_mark(line):
+  return len(line.get_xdata()) == 1 and line.get_marker() != "_"
 
 
 def test_pareto_draws_a_far_method_as_a_line(tmp_path):
   path = tmp_path / "pareto.png"
   points = {
-    "float": (16.0, 0.93, 0.92, 0.94),
-    "static8": (1.0, 0.92, 0.91, 0.93),
+    "pfq": (16.0, 0.93, 0.92, 0.94),
+    "uniform": (1.0, 0.92, 0.91, 0.93),
     "dpc": (0.7, 0.91, 0.90, 0.92),
   }
-  plots.pareto(points, ["float"], path, metric="accuracy")
-  # The others keep the colors that they have in the other pictures.
-  static8, dpc = (centers(path, c) for c in plots.COLORS[1:3])
+  plots.pareto(points, ["pfq"], path, metric="accuracy")
+  uniform, dpc = (centers(path, c) for c in (ORANGE, BLUE))
   # The axis belongs to the two others.
   with Image.open(path) as image:
-    assert (static8 - dpc)[0] > image.width / 3
-  line = pixels(path, "#777777")
+    assert (uniform - dpc)[0] > image.width / 3
+  line = pixels(path, labels.looks(["pfq"])["pfq"].color)
   row = np.bincount(line[:, 0]).argmax()
-  assert np.ptp(line[line[:, 0] == row][:, 1]) > 2 * (static8 - dpc)[0] / 2
+  assert np.ptp(line[line[:, 0] == row][:, 1]) > (uniform - dpc)[0]
 
 
 @pytest.mark.parametrize("cost", [1.0, 16.0])
 def test_pareto_of_a_single_method(tmp_path, cost):
   path = tmp_path / "pareto.png"
-  plots.pareto({"a": (cost, 0.9, None, None)}, ["a"], path, metric="accuracy")
-  assert len(pixels(path, plots.COLORS[0])) > 100
+  points = {"dpc": (cost, 0.9, None, None)}
+  plots.pareto(points, ["dpc"], path, metric="accuracy")
+  assert len(pixels(path, BLUE)) > 100
+
+
+def test_a_method_looks_the_same_in_every_picture(figures):
+  others = ("float", "static8", "uniform", "adaptive")
+  found = set()
+  for methods in (("dpc", *others), (*others, "dpc")):
+    runs = {k: dict.fromkeys(CAPACITIES, (5, 5, 8)) for k in methods}
+    plots.bits_per_layer(runs, CAPACITIES, "x.png")
+    points = {k: (0.5, 0.9 - i / 90, None, None) for i, k in enumerate(methods)}
+    plots.pareto(points, [], "x.png", metric="accuracy")
+    bits, pareto = (figure.axes[0].lines for figure in figures[-2:])
+    found.add(_look_of(bits[methods.index("dpc")]))
+    found |= {_look_of(line) for line in pareto if line.get_color() == BLUE}
+  assert found == {(BLUE, "o")}
+
+
+def _look_of(line):
+  return line.get_color(), line.get_marker()
 
 
 def test_many_methods_share_no_color_and_marker(tmp_path):

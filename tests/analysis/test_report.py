@@ -151,7 +151,9 @@ def test_markdown_table():
     "| `stem` | 144 | 9,216 | 8/8/8 |",
     "| `classifier` | 640 | 640 | float |",
     "One seed has no interval",
-    "nothing is compared with it: static8, uniform.",
+    "\nAdd static8 to `--methods` to compare with static bits.\n",
+    "\nAdd uniform to `--methods` to compare with uniform bits of equal cost.",
+    "| mean over the run |  |  | 5.56 |",
     # 9216 * 3 * 64 and 640 * 3 * 1024 BitOPs; 8/8 is what it has.
     "| `stem` | 1.77 |",
     "| `classifier` | 1.97 |",
@@ -174,7 +176,7 @@ def test_report_of_one_run(part):
     "### Best, against static8\n",
     "| dpc | 3 | +0.0106 [+0.0095, +0.0118] | <0.001 | <0.001 | 0.0015 |",
     "Higher is better",
-    "nothing is compared with it: uniform.",
+    "\nAdd uniform to `--methods` to compare with uniform bits of equal cost.",
     "(seed 0)",
     "3 seeds: the intervals",
   ],
@@ -209,6 +211,24 @@ def test_failed_runs_are_listed():
   assert "## Failed runs" not in text(one(dpc=summary()))
 
 
+def test_a_reference_that_failed_is_not_to_be_added():
+  failure = comparison.Failure("uniform", 0, "stopped")
+  out = text(BETTER, failures=[failure])
+  assert (
+    "No run of uniform is finished, so that nothing is compared with uniform"
+    " bits of equal cost."
+  ) in out
+  assert "to `--methods`" not in out
+
+
+def test_bits_that_moved_are_said_to_be_the_last():
+  out = text(one(dpc=summary(), cpt=summary()), moved=["cpt"])
+  assert (
+    "at the end of the run (seed 3). During the run they moved: cpt." in out
+  )
+  assert "During the run" not in text(one(dpc=summary()))
+
+
 def test_size_of_the_test_set():
   out = text(one(dpc=summary(0.9, test_examples=10_000)))
   assert "10,000 examples: an accuracy of 0.9000" in out
@@ -233,6 +253,7 @@ def test_curves_and_moves_have_their_parts_where_they_were_drawn():
   assert "![by step](curves.png)\n![by cost](curves_cost.png)\n" in out
   assert "bands reach from the lowest to the highest" in out
   assert "## Bits over time" not in out
+  assert "An axis of accuracies spans at least 0.05" in out
   out = text(one(dpc=summary()), pictures={"moves_a.png": "moves"})
   assert "## Bits over time\n\n![moves](moves_a.png)\n" in out
   assert "## Training" not in out and "bands" not in out

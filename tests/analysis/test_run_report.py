@@ -56,6 +56,9 @@ def text(moves=MOVES, pictures=None, **changes):
     "| `data.dir` | `` /a\\|b/`c` `` |",
     "| `precision.b_max` | `8` |",
     "One run: how much",
+    "`python -m experiments.compare --config=FILE --methods=adaptive --seeds=5`"
+    " would show, FILE being",
+    "The bits are those of the run's end: they moved before",
     "the optimizer and the quantizer itself are left out",
   ],
 )
@@ -65,6 +68,7 @@ def test_it_says(part):
 
 def test_what_is_not_there_is_not_spoken_of():
   out = text(moves=MOVES[:1])
+  assert "they moved before" not in out
   for part in ("## Moves", "## Training", "## Bits", "![", "precision.weights"):
     assert part not in out
   assert "validation" not in out and "compiling" not in out

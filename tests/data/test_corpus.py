@@ -277,7 +277,7 @@ def test_missing_corpus_ends_at_once(tmp_path, name):
     f"into {tmp_path / name}",
     "dpc_jax.data.text; ",
     f"tfds.builder('{name}'",
-    "--config.data.dir or TFDS_DATA_DIR",
+    "(--config.data.dir, or --data_dir) or TFDS_DATA_DIR",
   ):
     assert part in message
 

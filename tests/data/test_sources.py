@@ -409,7 +409,7 @@ def test_missing_data_set_ends_at_once(tmp_path, name):
     f"'{name}', file_format='array_record', data_dir='{tmp_path}')"
     '.download_and_prepare()"'
   )
-  for part in (command, "--config.data.dir", "TFDS_DATA_DIR"):
+  for part in (command, "--config.data.dir, or --data_dir", "TFDS_DATA_DIR"):
     assert part in message
 
 

@@ -1,7 +1,10 @@
 """Flags: each mistake is one line on stderr and exit code 2, in no time."""
 
+import io
+import os
 import sys
 
+import jax
 import pytest
 from absl import flags
 
@@ -243,9 +246,6 @@ def test_exit_codes(command):
   error = loop.DivergedError("the loss\nis nan")
   code, _, err = command(*arguments, main=raises(error))
   assert (code, err) == (1, "error: the loss is nan\n")
-  code, _, err = command(*arguments, main=raises(KeyboardInterrupt()))
-  assert code == 130
-  assert err.count("\n") == 1
   error = rendezvous.AbsentError("process 1 did not come")
   code, _, err = command(*arguments, main=raises(error))
   assert (code, err) == (3, "error: process 1 did not come\n")
@@ -259,6 +259,43 @@ def test_exit_codes(command):
   error = PermissionError(13, "Permission denied", "x/metrics.jsonl")
   code, _, err = command(*arguments, main=raises(error))
   assert (code, err.count("\n")) == (3, 1)
+
+
+def test_ctrl_c_leaves_no_time_to_crash(command, monkeypatch, capsys):
+  """Python is not taken down under threads that are in a step still."""
+  left = []
+
+  def leave(code):
+    assert capsys.readouterr().err.startswith("error: interrupted; the same")
+    left.append(code)
+
+  monkeypatch.setattr(os, "_exit", leave)
+  command(DIGITS, "--workdir=x", main=raises(KeyboardInterrupt()))
+  assert left == [130]
+
+
+def test_ctrl_c_where_what_reads_the_output_is_gone(monkeypatch):
+  """As in `| tee log`, which the terminal interrupts too."""
+
+  class Gone(io.StringIO):
+    def flush(self):
+      raise BrokenPipeError
+
+  left = []
+  monkeypatch.setattr(os, "_exit", left.append)
+  monkeypatch.setattr(sys, "stdout", Gone())
+  cli.leave_interrupted()
+  assert left == [130]
+
+
+def test_ctrl_c_of_one_of_several_waits_for_the_others(command, monkeypatch):
+  """No longer than `peers.leave` lets it."""
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("at once"))
+  left = []
+  monkeypatch.setattr(peers, "leave", left.append)
+  assert cli.leave_interrupted() == 130
+  assert left == [130]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyError, TypeError])

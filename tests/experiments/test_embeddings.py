@@ -292,6 +292,11 @@ def test_no_run_no_checkpoint_and_a_damaged_config(runs, command, tmp_path):
   code, _, err = command("no/such")
   assert (code, err.count("\n")) == (2, 1)
   assert err.startswith("error: --workdirs: no/such: holds no run; name")
+  code, _, err = command(runs)
+  assert (code, err.count("\n")) == (2, 1)
+  assert f"{runs}: holds no run; did you mean {runs / 'cpt'}, or anot" in err
+  inside = runs / "dpc" / "checkpoints"
+  assert f"; did you mean {runs / 'dpc'}?\n" in command(inside)[2]
   assert command(",")[2].startswith("error: --workdirs is empty")
   run = changed(runs, tmp_path)
   code, _, err = command(run)

@@ -337,7 +337,8 @@ def test_after_sigterm_nothing_more_begins(trained, run, tmp_path):
   assert not list((tmp_path / "smoke").glob("table_*"))
 
 
-def test_ctrl_c_is_one_line(trained, run):
+def test_ctrl_c_is_one_line(trained, run, monkeypatch):
+  monkeypatch.setattr(program.cli, "leave_interrupted", lambda: 130)
   trained.fail["resnet38", "dpc", 0] = KeyboardInterrupt()
   code, _, err = run("cifar10")
   assert code == 130

@@ -1,8 +1,9 @@
-"""`python -m experiments.train` for real: to its end, and through a SIGTERM."""
+"""`python -m experiments.train` for real: to its end, and through signals."""
 
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ OVERRIDES = {
 TIMES = ("seconds", "compile_seconds", "compile_count")
 
 
-def start(workdir, **environment):
+def start(workdir, *arguments, **environment):
   return subprocess.Popen(
     [
       sys.executable,
@@ -38,6 +39,7 @@ def start(workdir, **environment):
       "--config=configs/digits_resnet8.py:dpc",
       f"--workdir={workdir}",
       *(f"--config.{name}={value}" for name, value in OVERRIDES.items()),
+      *arguments,
     ],
     cwd=ROOT,
     stdout=subprocess.PIPE,
@@ -208,3 +210,19 @@ def test_sigterm_then_the_same_command(whole, without_tensorflow, tmp_path):
   }
   assert got["compile_count"] == 2
   assert not [p for p in workdir.iterdir() if "tfevents" in p.name]
+
+
+def test_ctrl_c_in_the_middle(without_tensorflow, tmp_path):
+  process = start(tmp_path, "--config.steps=1000000", **without_tensorflow)
+  timer = threading.Timer(DEADLINE_S, process.kill)
+  timer.start()
+  for line in process.stdout:
+    # Again, for a callback of C, in which Python raises nothing, drops it.
+    if re.search(r"step (1|[0-9,]*000)/", line):
+      process.send_signal(signal.SIGINT)
+  _, err = process.communicate()
+  timer.cancel()
+  assert process.returncode == 130
+  assert err.endswith(
+    "error: interrupted; the same command goes on from the last save, if any\n"
+  )
