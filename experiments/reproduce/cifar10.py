@@ -74,4 +74,4 @@ def reproduce(context: trials.Context) -> tables.Section:
 
 
 if __name__ == "__main__":
-  sys.exit(program.main(NAME, __doc__))
+  sys.exit(program.main({NAME: reproduce}, __doc__))

@@ -170,4 +170,4 @@ def _about(found) -> str:
 
 
 if __name__ == "__main__":
-  sys.exit(program.main(NAME, __doc__))
+  sys.exit(program.main({NAME: reproduce}, __doc__))

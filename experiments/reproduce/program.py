@@ -1,34 +1,25 @@
 """The command line of the tables, of one or of all."""
 
 import argparse
-import importlib
 import json
 import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from dpc_jax.analysis import cells, html
 from dpc_jax.training import termination
 from experiments import arguments, cli, mistakes, reporting
 from experiments.reproduce import scales, tables, trials
 
-TABLES = (
-  "savings",
-  "cifar10",
-  "cifar100",
-  "imagenet",
-  "language",
-  "embeddings",
-)
-
 
 def main(
-  name: str | None, doc: str | None, argv: Sequence[str] | None = None
+  made: Mapping[str, Callable[[trials.Context], tables.Section]],
+  doc: str | None,
+  argv: Sequence[str] | None = None,
 ) -> int:
-  """Reproduces a table, prints it and writes a report; returns the exit code.
+  """Reproduces tables, prints them, writes a report; returns the exit code.
 
   0: what the scale names was run, or SIGTERM came, and the same command goes
   on. 1: some of it failed, or could not be run for want of data; the rest is
@@ -36,15 +27,15 @@ def main(
   130: Ctrl-C. What is done is written after each table.
 
   Args:
-    name: of `TABLES`; None is all.
+    made: {table: what reproduces it}, one or all.
     doc: of the module, for --help.
     argv: flags; None are those of the process.
   """
+  (name,) = made if len(made) == 1 else (None,)
   program = ".".join(filter(None, ("experiments.reproduce", name)))
   flags = _parser(program, doc).parse_args(argv)
   words = sys.argv[1:] if argv is None else argv
   where = flags.workdir / flags.scale
-  names = TABLES if name is None else (name,)
   stem = "report" if name is None else f"table_{name}"
   command = shlex.join(["python", "-m", program, *words])
   try:
@@ -53,7 +44,7 @@ def main(
       context = trials.Context(
         flags.scale, where, flags.data_dir, command, is_stopping
       )
-      sections = _reproduce(names, context, stem)
+      sections = _reproduce(made, context, stem)
   except trials.Stopped:
     print("stopped; the same command goes on")
     return 0
@@ -99,20 +90,16 @@ def _parser(program: str, doc: str | None) -> argparse.ArgumentParser:
   return parser
 
 
-def _reproduce(names, context, stem) -> list[tables.Section]:
+def _reproduce(made, context, stem) -> list[tables.Section]:
   """All tables, each printed, and the report written, as soon as it is done."""
   sections, start = [], time.monotonic()
-  for i, name in enumerate(names, 1):
-    print(f"[{i}/{len(names)}] {name}", flush=True)
-    section = _module(name).reproduce(context)
+  for i, name in enumerate(made, 1):
+    print(f"[{i}/{len(made)}] {name}", flush=True)
+    section = made[name](context)
     sections.append(section)
     print(f"\n{tables.text(section)}\n", flush=True)
     _write(sections, context, stem, time.monotonic() - start)
   return sections
-
-
-def _module(name: str) -> Any:
-  return importlib.import_module(f"experiments.reproduce.{name}")
 
 
 def _write(sections, context, stem, seconds) -> None:

@@ -7,7 +7,6 @@ one saves how much, and against what, is not public. Nothing is trained: the
 cost of static bits follows from the network alone, at full size at every scale.
 """
 
-import importlib
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from experiments.reproduce import (
   imagenet,
   language,
   program,
+  recipes,
   tables,
   trials,
 )
@@ -159,8 +159,7 @@ def reproduce(context: trials.Context) -> tables.Section:
 
 
 def _line(row: tables.Row) -> dict[str, Any]:
-  module = importlib.import_module(f"configs.{row.recipe}")
-  config = module.get_config("dpc")
+  config = recipes.get_config(row.recipe)
   seen = _INPUTS[config.data.name]
   name = row.network
   if seen.data not in name:
@@ -171,7 +170,9 @@ def _line(row: tables.Row) -> dict[str, Any]:
     "b_min": config.precision.b_min,
     "b_max": config.precision.b_max,
     **{
-      method: saving(module.get_config(method), seen.classes)._asdict()
+      method: saving(
+        recipes.get_config(row.recipe, method), seen.classes
+      )._asdict()
       for method in METHODS
     },
   }
@@ -191,4 +192,4 @@ def _cells(line: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-  sys.exit(program.main(NAME, __doc__))
+  sys.exit(program.main({NAME: reproduce}, __doc__))

@@ -1,7 +1,6 @@
 """Tables of accuracies or perplexities: published ones and ours beside them."""
 
 import dataclasses
-import importlib
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 from dpc_jax import models
 from dpc_jax.analysis import cells, comparison, report
-from experiments.reproduce import scales, trials
+from experiments.reproduce import recipes, scales, trials
 
 SOURCES = {
   "DPC": (
@@ -175,7 +174,7 @@ def _lines(row, trial, outcome) -> list[dict[str, Any]]:
   runs = {
     method: by_seed for method, by_seed in outcome.runs.items() if by_seed
   }
-  config = importlib.import_module(f"configs.{row.recipe}").get_config("dpc")
+  config = recipes.get_config(row.recipe)
   is_text = config.model.name in models.LANGUAGE_MODELS
   result = None
   if runs and not trial.is_smoke:

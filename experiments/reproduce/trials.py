@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib
 import math
 import pathlib
 import shutil
@@ -14,7 +13,7 @@ import jax
 from dpc_jax.analysis import comparison
 from dpc_jax.training import config as config_lib
 from experiments import grid, mistakes, reporting
-from experiments.reproduce import scales
+from experiments.reproduce import recipes, scales
 
 
 class Stopped(Exception):
@@ -141,9 +140,8 @@ def _report(runs, failures, where, config, context) -> str | None:
 
 
 def _config(recipe, trial, data_dir) -> Any:
-  module = importlib.import_module(f"configs.{recipe}")
   variant = ",smoke" if trial.is_smoke else ""
-  config = module.get_config(trial.methods[0] + variant)
+  config = recipes.get_config(recipe, trial.methods[0] + variant)
   config.update_from_flattened_dict(dict(trial.fields))
   # All devices that the batch can be split over.
   config.mesh.data = math.gcd(jax.device_count(), config.batch_size)
