@@ -11,7 +11,8 @@ trace counts, quantized or float, inside a layer or not:
 Products inside `nn.scan` or `jax.lax.scan` count once for every iteration,
 those in a branch of `jax.lax.cond` as in its most expensive branch. Left out:
 biases, normalization, activation functions, pooling, embedding look-ups and
-everything else that is no product.
+everything else that is no product, and what an integer backend multiplies for
+the offsets of affine grids (`dpc_jax.quant.integer`).
 
 The path of a product is that of the module which computes it, '' at the root:
 
@@ -38,6 +39,7 @@ import jax
 import jax.extend.core as jex_core
 
 from dpc_jax.cost import bitops
+from dpc_jax.quant import grids
 
 # Every call of a module tags the operations it traces with its path and the
 # number of the call; the last tag in a name stack is the innermost module.
@@ -190,6 +192,8 @@ def _products(
   for eqn in jaxpr.eqns:
     primitive = eqn.primitive.name
     stack = f"{names}/{eqn.source_info.name_stack}"
+    if grids.OFFSET_SCOPE in stack:
+      continue
     macs = _macs(eqn)
     if macs is not None:
       path, call = (_TAG.findall(stack) or [("", "0")])[-1]

@@ -21,21 +21,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from dpc_jax.quant import noise, spans
+from dpc_jax.quant import noise, spans, widths
 
-# The names of other rooms for these three; this one says `spans`.
+# Other rooms take these from here; this one says `spans` and `widths` too.
 Range = spans.Range
 value_range = spans.value_range
 guarded = spans.guarded
+LayerBits = widths.LayerBits
+as_layer_bits = widths.as_layer_bits
+check_width = widths.check_width
 
-MIN_WIDTH = 2
-MAX_WIDTH = 16
-FLOAT_WIDTH = 32
-# Of the gradient where one width is given for a whole layer.
-DEFAULT_GRADIENT_WIDTH = 8
+MIN_WIDTH = widths.MIN_WIDTH
+MAX_WIDTH = widths.MAX_WIDTH
+FLOAT_WIDTH = widths.FLOAT_WIDTH
+DEFAULT_GRADIENT_WIDTH = widths.DEFAULT_GRADIENT_WIDTH
 # CPT's smallest step of weights and activations.
 STEP_FLOOR = 1e-8
 
@@ -43,75 +44,11 @@ KINDS = ("affine", "symmetric")
 GRANULARITIES = ("tensor", "channel")
 ROUNDINGS = ("nearest", "stochastic")
 RANGES = ("batch", "delayed")
-
-
-class LayerBits(NamedTuple):
-  """Bit-widths of one layer: ints, or int32 arrays of shape () or (layers,).
-
-  Attributes:
-    weights: width of the kernel (of an attention product: of the second
-      operand).
-    activations: width of the layer's input.
-    gradients: width of the gradient at the layer's output.
-  """
-
-  weights: Any
-  activations: Any
-  gradients: Any
-
-
-def as_layer_bits(bits: "int | LayerBits | Sequence[int]") -> LayerBits:
-  """Returns `bits` as LayerBits: b means (b, b, 8), and 32 (32, 32, 32).
-
-  Args:
-    bits: an int, a LayerBits, or three widths in its order. Leaves may be
-      arrays or tracers; only concrete ones are checked.
-
-  Raises:
-    ValueError: a width outside 2..16 and 32, or not three of them.
-  """
-  if isinstance(bits, (tuple, list)):
-    if len(bits) != 3:
-      raise ValueError(
-        f"bits = {bits!r} must be one width or three: weights, activations,"
-        " gradients"
-      )
-    layer = LayerBits(*bits)
-  else:
-    check_width(bits)
-    layer = LayerBits(bits, bits, _gradient_width(bits))
-  for name, width in zip(LayerBits._fields, layer, strict=True):
-    check_width(width, name)
-  return layer
-
-
-def _gradient_width(bits):
-  """8, or 32 where `bits` is 32; an int of an int, else an array."""
-  if isinstance(bits, int | np.integer):
-    return FLOAT_WIDTH if bits == FLOAT_WIDTH else DEFAULT_GRADIENT_WIDTH
-  xp = jnp if isinstance(bits, jax.Array) else np
-  return xp.where(
-    xp.asarray(bits) == FLOAT_WIDTH,
-    np.int32(FLOAT_WIDTH),
-    np.int32(DEFAULT_GRADIENT_WIDTH),
-  )
-
-
-def check_width(bits: Any, name: str = "bits") -> None:
-  """Raises ValueError if a concrete width is not in 2..16 or 32.
-
-  A traced width cannot be read; the grid of one that is out of range is NaN.
-  """
-  if isinstance(bits, jax.core.Tracer):
-    return
-  values = np.asarray(bits)
-  if values.dtype.kind not in "iu" or not np.all(
-    ((values >= MIN_WIDTH) & (values <= MAX_WIDTH)) | (values == FLOAT_WIDTH)
-  ):
-    raise ValueError(
-      f"{name} = {bits!r} is not a bit-width: use an int in {MIN_WIDTH}.."
-      f"{MAX_WIDTH}, or {FLOAT_WIDTH} for no quantization"
-    )
+BACKENDS = ("simulated", "int8", "bf16_codes", "auto")
+INPUT_GRADIENTS = ("exact", "scaled")
+# Name scope of products that a plain product does not have: of ones, for the
+# offset of an affine grid. Costs do not count them.
+OFFSET_SCOPE = "offset_of_codes"
 
 
 def _check_choice(owner: str, field: str, value: Any, known: Any) -> None:
@@ -164,6 +101,20 @@ class Quantization:
       tensor) agree on ranges once a step and not in every layer (see
       `dpc_jax.quant.delayed`, which such a step needs). Not with a range per
       channel of theirs. Evaluation is the same with both.
+    backend: what multiplies: "simulated", float products of the decoded
+      values; "int8" or "bf16_codes", products of the codes themselves (see
+      `dpc_jax.quant.integer`); "auto", what was measured to be fastest on this
+      kind of device. All but "simulated" need storage_bits=8, grids of weights
+      and activations, one range per tensor for activations and gradients, and
+      ranges "batch"; the gradient's width is then at most 8 too.
+    input_gradient: "exact" contracts the layer's one quantized gradient with
+      the weights. With one scale per output channel those scales sit inside
+      of that sum, and the product stays in float. "scaled" takes them to the
+      gradient: g * scale is quantized once more, over one range, with noise
+      of its own, and contracted with the weights' codes (our decision; the
+      weight gradient is the same in both). It needs storage_bits=8, ranges
+      "batch", a grid of the gradients, and symmetric weights where they have a
+      range per channel. Where they have one range the two are the same.
   """
 
   weights: Grid | None = Grid(granularity="channel")
@@ -171,6 +122,8 @@ class Quantization:
   gradients: Grid | None = Grid(rounding="stochastic")
   storage_bits: int | None = None
   ranges: str = "batch"
+  backend: str = "simulated"
+  input_gradient: str = "exact"
 
   def __post_init__(self):
     for field in LayerBits._fields:
@@ -189,12 +142,52 @@ class Quantization:
           f"Quantization.{field} = {grid!r}: ranges = 'delayed' has one range"
           " per tensor; use granularity 'tensor', or ranges = 'batch'"
         )
+    _check_choice("Quantization", "backend", self.backend, BACKENDS)
+    _check_choice(
+      "Quantization", "input_gradient", self.input_gradient, INPUT_GRADIENTS
+    )
+    for field in ("backend", "input_gradient"):
+      self._check_codes(field)
+
+  def _check_codes(self, choice):
+    """Raises ValueError where `choice` multiplies codes that are not there."""
+    value = getattr(self, choice)
+    if value in ("simulated", "exact"):
+      return
+    by_channel = {
+      field: grid is not None and grid.granularity == "channel"
+      for field, grid in zip(LayerBits._fields, self.operands, strict=True)
+    }
+    needs = [
+      ("storage_bits", self.storage_bits == 8, "needs 8"),
+      ("ranges", self.ranges == "batch", "needs 'batch'"),
+    ]
+    if choice == "backend":
+      for field in ("weights", "activations"):
+        needs.append((field, getattr(self, field) is not None, "needs a Grid"))
+      for field in ("activations", "gradients"):
+        remedy = "needs granularity 'tensor'"
+        needs.append((field, not by_channel[field], remedy))
+    else:
+      needs.append(("gradients", self.gradients is not None, "needs a Grid"))
+      is_met = not by_channel["weights"] or self.weights.kind == "symmetric"
+      needs.append(("weights", is_met, "needs kind 'symmetric'"))
+    for field, is_met, remedy in needs:
+      if not is_met:
+        raise ValueError(
+          f"Quantization.{field} = {getattr(self, field)!r}: {choice} ="
+          f" {value!r} {remedy}"
+        )
 
   @property
   def is_stochastic(self) -> bool:
     """Whether any operand is rounded stochastically."""
-    grids = (self.weights, self.activations, self.gradients)
-    return any(g is not None and g.rounding == "stochastic" for g in grids)
+    return any(g and g.rounding == "stochastic" for g in self.operands)
+
+  @property
+  def operands(self) -> tuple[Grid | None, Grid | None, Grid | None]:
+    """The three grids, in the order of `LayerBits`."""
+    return self.weights, self.activations, self.gradients
 
 
 class Quantized(NamedTuple):

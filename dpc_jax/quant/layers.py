@@ -50,7 +50,9 @@ class QuantDense(nn.Dense):
 
   Raises:
     ValueError: `apply` without the collection `precision` or `quant_stats`; a
-      concrete width that is none; `dot_general` or `dot_general_cls` set.
+      concrete width that is none; `dot_general` or `dot_general_cls` set; with
+      an integer `Quantization.backend`, sums of codes that cannot be exact
+      (`dpc_jax.quant.integer`), by the layer's path.
   """
 
   quantization: grids.Quantization | None = grids.Quantization()
@@ -153,6 +155,7 @@ def call_product(
     bits=layer_widths(module, quantization),
     quantization=quantization,
     key=noise_key(module, quantization),
+    name=ranges.layer_path(module),
     **kwargs,
   )
   found = ranges.layer_ranges(

@@ -8,11 +8,13 @@ For a bilinear product P, quantizers Q_x, Q_w, Q_g and the output gradient g:
     dw = dP/dw (Q_x(x)) applied to g'  straight through Q_w
 
 as in CPT. A width of 32 leaves its operand as it is, bit for bit. Widths,
-ranges and keys are data and get no gradient. Reverse mode only.
+ranges and keys are data and get no gradient. Reverse mode only. With another
+`Quantization.backend` than "simulated", products are those of the codes (see
+`dpc_jax.quant.integer`); its `input_gradient` may round another g' for dx.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,19 +22,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dpc_jax.quant import grids, spans
+from dpc_jax.quant import bilinear, grids, integer, spans
 
 
 class _Spec(NamedTuple):
   """What is static about a product: itself, grids, dtypes, channel axes."""
 
-  product: Callable[[jax.Array, jax.Array], jax.Array]
+  bilinear: bilinear.Bilinear
   quantization: grids.Quantization
   dtypes: tuple[Any, Any]
   activation_axes: tuple[int, ...]
   weight_axes: tuple[int, ...]
   gradient_axes: tuple[int, ...]
   keep_zeros: bool = False
+
+  @property
+  def product(self) -> bilinear.Product:
+    return self.bilinear.product
 
 
 class PreviousGradient(NamedTuple):
@@ -68,6 +74,7 @@ def dot_general(
   rhs_limits: spans.Range | None = None,
   gradient: PreviousGradient | None = None,
   key: jax.Array | None = None,
+  name: str = "",
   precision: lax.PrecisionLike = None,
   preferred_element_type: Any = None,
 ) -> jax.Array:
@@ -75,7 +82,7 @@ def dot_general(
 
   Args:
     lhs: the activations. Their channels are the last axis.
-    rhs: the weights. Its channels are its axes that are not contracted.
+    rhs: the weights. Their channels are the axes that are not contracted.
     dimension_numbers: as in `lax.dot_general`.
     bits: three widths, () int each; traced or not.
     quantization: the three grids.
@@ -87,11 +94,13 @@ def dot_general(
       over the previous one, and a row that is not finite is NaN. Without a
       grid of gradients it has no effect, and its probe the cotangent 0.
     key: PRNG key of stochastic rounding; None rounds to nearest.
+    name: of the layer, for the errors of `quant.integer`.
     precision: as in `lax.dot_general`.
     preferred_element_type: as in `lax.dot_general`.
 
   Raises:
-    ValueError: a concrete width that is no width, or wider than storage_bits.
+    ValueError: a concrete width that is none, or wider than storage_bits; of
+      an integer backend, what it cannot multiply exactly.
   """
   (_, contracted), _ = dimension_numbers
   kept = tuple(a for a in range(rhs.ndim) if a not in contracted)
@@ -102,8 +111,9 @@ def dot_general(
     preferred_element_type=preferred_element_type,
   )
   free = len(kept) - len(dimension_numbers[1][1])
+  ranks = lhs.ndim, rhs.ndim
   spec = _Spec(
-    product,
+    bilinear.of_dot_general(product, name, ranks, dimension_numbers),
     quantization,
     (lhs.dtype, rhs.dtype),
     activation_axes=(-1,),
@@ -127,6 +137,7 @@ def conv_general_dilated(
   rhs_limits: spans.Range | None = None,
   gradient: PreviousGradient | None = None,
   key: jax.Array | None = None,
+  name: str = "",
   dimension_numbers: Any = None,
   **kwargs: Any,
 ) -> jax.Array:
@@ -146,8 +157,9 @@ def conv_general_dilated(
     dimension_numbers=numbers,
     **kwargs,
   )
+  groups = {k: v for k, v in kwargs.items() if k.endswith("_group_count")}
   spec = _Spec(
-    product,
+    bilinear.of_conv(product, name, numbers, **groups),
     quantization,
     (lhs.dtype, rhs.dtype),
     activation_axes=(numbers.lhs_spec[1],),
@@ -170,6 +182,7 @@ def einsum(
   rhs_limits: spans.Range | None = None,
   gradient: PreviousGradient | None = None,
   key: jax.Array | None = None,
+  name: str = "",
   keep_zeros: bool = False,
   **kwargs: Any,
 ) -> jax.Array:
@@ -181,16 +194,14 @@ def einsum(
   mask, stay 0, though an affine grid has no such level. Other arguments and
   errors as in `dot_general` above; keywords go to `jnp.einsum`.
   """
-  operands, output = subscripts.replace(" ", "").split("->")
+  subscripts = bilinear.explicit(subscripts, lhs.ndim)
+  operands, output = subscripts.split("->")
   axes_of_rhs = operands.split(",")[1]
   kept = tuple(i for i, c in enumerate(axes_of_rhs) if c in output)
-  # Counted from the right, where an ellipsis cannot shift them.
-  free = tuple(
-    i - len(output) for i, c in enumerate(output) if c in axes_of_rhs
-  )
+  free = tuple(i for i, c in enumerate(output) if c in axes_of_rhs)
   product = functools.partial(jnp.einsum, subscripts, **kwargs)
   spec = _Spec(
-    product,
+    bilinear.of_einsum(product, name, subscripts),
     quantization,
     (lhs.dtype, rhs.dtype),
     activation_axes=(-1,),
@@ -209,7 +220,8 @@ def _quantized_product(spec, x, w, bits, limits, key, gradient):
   for name, width in zip(grids.LayerBits._fields, bits, strict=True):
     grids.check_width(width, name)
     has_grid = getattr(quantization, name) is not None
-    if widest is not None and has_grid and name != "gradients":
+    is_stored = name != "gradients" or quantization.backend != "simulated"
+    if widest is not None and has_grid and is_stored:
       check_storage(width, widest, name)
   limits = (
     _span(x, quantization.activations, spec.activation_axes, limits[0]),
@@ -267,7 +279,12 @@ def _forward(spec, x, w, bits, limits, key, gradient):
   qw = _quantize(
     w, bits.weights, quantization.weights, w_limits, key, 2, quantization
   )
-  y = spec.product(_values(qx, spec.dtypes[0]), _values(qw, spec.dtypes[1]))
+  backend = integer.resolve(quantization.backend)
+  if backend is None:
+    y = spec.product(_values(qx, spec.dtypes[0]), _values(qw, spec.dtypes[1]))
+  else:
+    dtype = jax.eval_shape(spec.product, x, w).dtype
+    y = integer.forward(spec.bilinear, backend, qx, qw).astype(dtype)
   return y, (qx, qw, bits.gradients, key, gradient)
 
 
@@ -275,9 +292,13 @@ def _backward(spec, residuals, g):
   qx, qw, gradient_bits, key, previous = residuals
   if spec.quantization.storage_bits is not None:
     # Else a compiler may see that the forward pass decoded the same codes, and
-    # keep the float tensors instead. (XLA drops the barrier on a CPU.)
-    qx, qw = lax.optimization_barrier((qx, qw))
+    # keep the float tensors instead. (On a CPU: see `remat.compiler_options`.)
+    qx, qw, g = lax.optimization_barrier((qx, qw, g))
   grid = spec.quantization.gradients
+  backend = integer.resolve(spec.quantization.backend)
+  if grid is None or (spec.keep_zeros and grid.kind == "affine"):
+    backend = None  # no codes, or zeros that lie on no level
+  qg = g
   if grid is None:
     previous = None  # no range was found: a probe has no cotangent
   else:
@@ -289,16 +310,47 @@ def _backward(spec, residuals, g):
       limits = spans.guarded(spans.widened(previous.limits, own), own)
       # In place of a gradient of the probe, which has no effect.
       previous = PreviousGradient(None, packed(own))
-    quantized = grids.encode(
-      g, gradient_bits, grid, limits, key=key, floor=None
-    )
-    rounded = _select(gradient_bits, g, quantized)
-    g = jnp.where(g == 0, g, rounded) if spec.keep_zeros else rounded
+    qg = _round_gradient(spec, backend, g, gradient_bits, limits, key)
   x_dtype, w_dtype = spec.dtypes
   x, w = _values(qx, x_dtype), _values(qw, w_dtype)
-  (dx,) = jax.linear_transpose(lambda v: spec.product(v, w), x)(g)
-  (dw,) = jax.linear_transpose(lambda v: spec.product(x, v), w)(g)
-  return dx, dw, None, None, None, previous
+  if backend is None:
+    (dw,) = jax.linear_transpose(lambda v: spec.product(x, v), w)(qg)
+  else:
+    dw = integer.weight_gradient(spec.bilinear, backend, qx, qg, w.shape)
+  if _is_scaled(spec, qw):
+    scaled = g.astype(jnp.float32) * spec.bilinear.along_output(
+      qw.scale, g.ndim
+    )
+    noise = None if key is None else jax.random.fold_in(key, 3)
+    limits = spans.value_range(scaled)
+    qg = _round_gradient(spec, backend, scaled, gradient_bits, limits, noise)
+    qw = qw._replace(scale=jnp.float32(1))
+    w = _values(qw, w_dtype)
+  if backend is None or qw.scale.size > 1:
+    values = _values(qg, g.dtype)
+    (dx,) = jax.linear_transpose(lambda v: spec.product(v, w), x)(values)
+  else:
+    dx = integer.input_gradient(spec.bilinear, backend, qw, qg, x.shape)
+  return dx.astype(x_dtype), dw.astype(w_dtype), None, None, None, previous
+
+
+def _round_gradient(spec, backend, g, bits, limits, key):
+  """Values on the grid of gradients, or 8-bit codes for an integer backend."""
+  grid = spec.quantization.gradients
+  widest = grids.MAX_WIDTH if backend is None else integer.WIDEST
+  quantized = grids.encode(
+    g, bits, grid, limits, key=key, floor=None, max_width=widest
+  )
+  if backend is not None:
+    return integer.signed_codes(quantized, bits)
+  values = _select(bits, g, quantized)
+  return jnp.where(g == 0, g, values) if spec.keep_zeros else values
+
+
+def _is_scaled(spec, qw):
+  """Whether the weights' scales go to the gradient, for the input gradient."""
+  is_scaled = spec.quantization.input_gradient == "scaled"
+  return is_scaled and isinstance(qw, grids.Quantized) and qw.scale.size > 1
 
 
 _product.defvjp(_forward, _backward)
@@ -317,6 +369,8 @@ def _quantize(x, bits, grid, limits, key, stream, quantization):
   quantized = grids.encode(x, bits, grid, limits, key=key, max_width=max_width)
   if storage is None:
     return _select(bits, x, quantized)
+  if integer.resolve(quantization.backend) is not None:
+    return integer.signed_codes(quantized, bits)
   return grids.storage_codes(quantized, grid)
 
 
@@ -329,4 +383,4 @@ def _select(bits, x, quantized):
 def _values(operand, dtype):
   if isinstance(operand, grids.Quantized):
     return grids.decode(operand, dtype)
-  return operand
+  return operand.astype(dtype)

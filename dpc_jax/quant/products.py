@@ -23,7 +23,9 @@ class QuantProduct(nn.Module):
   the gradients of both operands. Where it is exactly 0, as behind a mask, it
   stays 0: rounding noise there would leak between positions that a mask keeps
   apart (our decision; at 8 bits such places would make two fifths of the noise
-  of a causal attention over 128 tokens).
+  of a causal attention over 128 tokens). An affine grid has no such level, so
+  that an integer `Quantization.backend` then multiplies codes in the forward
+  product alone; with symmetric gradients, in all three.
 
   Training or not, the RNG stream `quant` and the errors are as in
   `QuantDense`. In training the range is that of the whole batch, positions
@@ -69,6 +71,7 @@ class QuantProduct(nn.Module):
       bits=layers.layer_widths(self, quantization),
       quantization=quantization,
       key=layers.noise_key(self, quantization),
+      name=ranges.layer_path(self),
       keep_zeros=True,
     )
     found = ranges.layer_ranges(self, quantization, measure, run)

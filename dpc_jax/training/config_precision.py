@@ -82,6 +82,7 @@ def _validate_widths(config, static) -> None:
   checks.check_choice(config, "precision.kind", ("affine", "symmetric"))
   checks.check_choice(config, "precision.storage_bits", (None, 8))
   checks.check_choice(config, "precision.ranges", grids.RANGES)
+  _validate_codes(config)
   checks.check(
     config,
     "precision.ranges",
@@ -101,6 +102,42 @@ def _validate_widths(config, static) -> None:
       or width <= precision.storage_bits,
       f"a width of {width} ({name}) does not fit; leave it out",
     )
+
+
+def _validate_codes(config) -> None:
+  """Checks what multiplies codes: the backend and the input gradient."""
+  precision = config.precision
+  for name, known, plain in (
+    ("backend", grids.BACKENDS, "simulated"),
+    ("input_gradient", grids.INPUT_GRADIENTS, "exact"),
+  ):
+    field = f"precision.{name}"
+    checks.check_choice(config, field, known)
+    uses_codes = precision[name] != plain
+    checks.check(
+      config,
+      field,
+      not uses_codes or precision.storage_bits == 8,
+      "needs storage_bits = 8",
+    )
+    checks.check(
+      config,
+      field,
+      not uses_codes or precision.ranges == "batch",
+      "needs ranges = batch",
+    )
+  checks.check(
+    config,
+    "precision.input_gradient",
+    precision.input_gradient == "exact" or precision.kind == "symmetric",
+    "needs kind = symmetric",
+  )
+  checks.check(
+    config,
+    "precision.backend",
+    precision.backend == "simulated" or (precision.gradients or 8) <= 8,
+    f"a width of {precision.gradients} (gradients) does not fit; use 2..8",
+  )
 
 
 def unread(precision: Mapping[str, Any]) -> tuple[str, ...]:
