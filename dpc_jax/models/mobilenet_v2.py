@@ -21,6 +21,7 @@ Depthwise convolutions are layers like any other, with one grid per channel of
 nine weights; CPT holds them at widths of their own, outside its schedule.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from dpc_jax.models import common, resnet
-from dpc_jax.quant import grids
+from dpc_jax.quant import grids, remat
 
 # Expansion, channels, blocks and stride of each stage: the paper's table 2.
 STAGES = (
@@ -249,4 +250,6 @@ def mobilenet_v2_imagenet(
 
 
 def _activation(small_images):
-  return nn.relu if small_images else nn.relu6
+  if not small_images:
+    return nn.relu6
+  return functools.partial(remat.relu, of_norm=True)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dpc_jax.models import common, stacking
-from dpc_jax.quant import grids
+from dpc_jax.quant import grids, remat
 
 # He et al., 2015, by the fan-out, as in the reference's code.
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -69,7 +69,7 @@ class BasicBlock(nn.Module):
     y = self.conv(
       self.features, (3, 3), strides=strides, padding=PADDING, name="conv1"
     )(x)
-    y = nn.relu(self.norm(name="norm1")(y))
+    y = remat.relu(self.norm(name="norm1")(y), of_norm=True)
     y = self.conv(self.features, (3, 3), padding=PADDING, name="conv2")(y)
     y = self.norm(name="norm2")(y)
     return add_shortcut(self, x, y)
@@ -90,7 +90,7 @@ def add_shortcut(block: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
       name="shortcut",
     )(x)
     x = block.norm(name="shortcut_norm")(x)
-  return nn.relu(x + y)
+  return remat.relu(x + y, of_norm=True)
 
 
 class Stage(nn.Module):
@@ -176,7 +176,7 @@ class ResNet(nn.Module):
     conv = convolution(self.quantization, self.dtype)
     norm = batch_norm(train, self.dtype)
     x = conv(self.width, (3, 3), padding=PADDING, name="stem")(x)
-    x = nn.relu(norm(name="stem_norm")(x))
+    x = remat.relu(norm(name="stem_norm")(x), of_norm=True)
     for i in range(3):
       x = Stage(
         BasicBlock,

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dpc_jax.models import common, resnet
-from dpc_jax.quant import grids
+from dpc_jax.quant import grids, remat
 
 # Channels of a bottleneck's output per channel of its 3x3 convolution.
 EXPANSION = 4
@@ -49,7 +49,7 @@ class Bottleneck(nn.Module):
     """Maps (N, H, W, C) to (N, H / stride, W / stride, features)."""
     inner = self.features // EXPANSION
     y = self.conv(inner, (1, 1), padding="VALID", name="conv1")(x)
-    y = nn.relu(self.norm(name="norm1")(y))
+    y = remat.relu(self.norm(name="norm1")(y), of_norm=True)
     y = self.conv(
       inner,
       (3, 3),
@@ -57,7 +57,7 @@ class Bottleneck(nn.Module):
       padding=resnet.PADDING,
       name="conv2",
     )(y)
-    y = nn.relu(self.norm(name="norm2")(y))
+    y = remat.relu(self.norm(name="norm2")(y), of_norm=True)
     y = self.conv(self.features, (1, 1), padding="VALID", name="conv3")(y)
     y = self.norm(name="norm3")(y)
     return resnet.add_shortcut(self, x, y)
@@ -108,7 +108,7 @@ class ResNetImageNet(nn.Module):
       padding=((3, 3), (3, 3)),
       name="stem",
     )(x)
-    x = nn.relu(norm(name="stem_norm")(x))
+    x = remat.relu(norm(name="stem_norm")(x), of_norm=True)
     x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=resnet.PADDING)
     block = Bottleneck if self.bottleneck else resnet.BasicBlock
     expansion = EXPANSION if self.bottleneck else 1

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpc_jax.models import adaptive, attention, common, stacking
-from dpc_jax.quant import grids
+from dpc_jax.quant import grids, remat
 
 
 class TransformerLM(nn.Module):
@@ -121,7 +121,7 @@ class TransformerLM(nn.Module):
       attention.Block,
       self.heads,
       self.mlp_width,
-      nn.relu,
+      remat.relu,
       causal=True,
       dropout=self.dropout,
       attention_dropout=self.attention_dropout,

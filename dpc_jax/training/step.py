@@ -9,11 +9,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 
 from dpc_jax.cost import bitops
 from dpc_jax.policy import schedules
 from dpc_jax.quant import delayed, precision
+from dpc_jax.quant import remat as remat_lib
 from dpc_jax.training import state as state_lib
 from dpc_jax.training import tasks
 
@@ -27,6 +29,7 @@ def make_train_step(
   schedule: schedules.Schedule,
   task: tasks.Task,
   gather: Gather | None = None,
+  remat: str | None = None,
 ) -> Callable[
   [state_lib.TrainState, tasks.Batch],
   tuple[state_lib.TrainState, tasks.Metrics],
@@ -45,12 +48,17 @@ def make_train_step(
     task: what a batch holds, and what the loss is.
     gather: parameters as the optimizer holds them -> as the products take
       them; see `sharding.make_gather`.
+    remat: what the backward pass computes anew, one of `quant.remat.POLICIES`;
+      None keeps all.
 
   Raises:
     ValueError: from `train_step`, with `state.rng` None and quantized layers,
       unless the model's attribute `quantization` rounds all to nearest.
   """
   may_be_random = _may_be_random(model)
+  differentiate = _differentiate
+  if remat is not None:
+    differentiate = _with_remat(differentiate, remat)
 
   def train_step(state, batch):
     rngs = _rngs(state, may_be_random)
@@ -58,7 +66,7 @@ def make_train_step(
     model_state = state.model_state
     if bits:
       model_state = precision.assign_bits(model_state, bits)
-    grads, (metrics, carry, updates) = _differentiate(
+    grads, (metrics, carry, updates) = differentiate(
       model, task, gather, state, model_state, batch, rngs
     )
     deltas, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -75,6 +83,46 @@ def make_train_step(
     return state_lib.keep_if_finite(state, new_state, grads, metrics)
 
   return train_step
+
+
+def make_train_steps(
+  train_step: Callable[
+    [state_lib.TrainState, tasks.Batch],
+    tuple[state_lib.TrainState, tasks.Metrics],
+  ],
+) -> Callable[
+  [state_lib.TrainState, tasks.Batch, jax.Array],
+  tuple[state_lib.TrainState, tasks.Metrics],
+]:
+  """Returns `train_steps(state, batches, count) -> (state, metrics)`.
+
+  The same as `count` calls of `train_step`, one after the other, in a loop that
+  is one program: `batches` has a leading axis of at least `count` batches, and
+  so have the metrics, zero from `count` on. `count` is data, an int32 (), so
+  that one program serves a shorter stretch, too, and rounds alike in it.
+
+  Args:
+    train_step: of `make_train_step`; its result has the state's structure.
+  """
+
+  def train_steps(state, batches, count):
+    def batch(i):
+      return jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches
+      )
+
+    def one(i, carried):
+      state, held = carried
+      state, metrics = train_step(state, batch(i))
+      held = jax.tree.map(lambda all_, x: all_.at[i].set(x), held, metrics)
+      return state, held
+
+    size = jax.tree.leaves(batches)[0].shape[0]
+    _, metrics = jax.eval_shape(train_step, state, batch(0))
+    held = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), metrics)
+    return jax.lax.fori_loop(0, count, one, (state, held))
+
+  return train_steps
 
 
 def make_eval_step(
@@ -107,6 +155,14 @@ def make_eval_step(
     return task.outputs(output, batch)
 
   return eval_step
+
+
+def _with_remat(differentiate, policy):
+  def wrapped(*args):
+    with remat_lib.norms(remat_lib.POLICIES[policy]):
+      return differentiate(*args)
+
+  return wrapped
 
 
 def _differentiate(model, task, gather, state, model_state, batch, rngs):
