@@ -31,10 +31,18 @@ def get_config(argument: str = "dpc") -> ml_collections.ConfigDict:
   config.keep_checkpoints = 2  # the newest ones
   # With a validation split, the best one by it, too; the test set chooses none.
   config.keep_best = True
+  # Steps that one call of the devices takes at most, in a loop compiled into it:
+  # the same batches, widths and noise, rounded as on another mesh. For small
+  # models on accelerators: on a CPU convolutions in a loop are slower.
+  config.steps_per_call = 1
   # A step whose loss or gradient is not finite is skipped; the run stops when,
   # at a log, a save or an evaluation, so many in a row lie behind it. None: it
   # stops after any.
   config.max_skipped = 10
+  # What the backward pass computes anew to save memory, best with
+  # precision.storage_bits=8. norms: normalizations from their inputs, exact.
+  # norms8: from their inputs as 8-bit codes, approximate. None: nothing.
+  config.remat = config_dict.placeholder(str)
   # Precision of float32 products: "default" (TF32 on recent GPUs), "high",
   # "highest"; none leaves JAX's own setting.
   config.matmul_precision = config_dict.placeholder(str)
@@ -118,6 +126,10 @@ def _data() -> ml_collections.ConfigDict:
   # Images in memory: random crop and flip on the device; none: as the data
   # set's recipe says. ImageNet's crops are taken while decoding.
   data.augment = config_dict.placeholder(bool)
+  # Images in memory: copy the training split to every device, once, so that a
+  # step sends row numbers only; it changes no batch. None: on accelerators, up
+  # to 1 GiB.
+  data.on_device = config_dict.placeholder(bool)
   # Height and width of ImageNet's crops; none: 224.
   data.image_size = config_dict.placeholder(int)
   # Processes that decode ImageNet's training images; none: threads of this
@@ -184,6 +196,12 @@ def _precision(method: str) -> ml_collections.ConfigDict:
   precision.kind = "affine"  # grids of all operands: affine or symmetric
   # What the backward pass keeps: none is float, 8 is 8-bit integer codes.
   precision.storage_bits = config_dict.placeholder(int)
+  # What multiplies: simulated (float products of quantized values), int8 or
+  # bf16_codes (products of codes), auto; all but the first need storage_bits 8.
+  precision.backend = "simulated"
+  # Of each layer: exact, or scaled: by the weights' codes, which an integer
+  # backend needs for it; symmetric grids only (see dpc_jax.Quantization).
+  precision.input_gradient = "exact"
   # Range of activations and gradients in training: of the batch, or delayed,
   # of the step before: over data and fsdp no wait in every layer.
   precision.ranges = "batch"

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from dpc_jax.data import prepared
 from dpc_jax.training import (
   checks,
+  compile_cache,
   distributed,
   loop,
   peers,
@@ -30,6 +31,10 @@ FLAGS = flags.FLAGS
 # What a shell says of a program that SIGINT ended.
 _INTERRUPTED = 130
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
+_CACHE_HELP = """\
+Compiled programs of one process are kept in ~/.cache/dpc_jax/jax (or in
+XDG_CACHE_HOME): JAX_COMPILATION_CACHE_DIR=DIR names another folder, and
+JAX_ENABLE_COMPILATION_CACHE=0 keeps none."""
 _DEBUG = re.compile(r"--?debug(=(1|t|true|y|yes))?", re.IGNORECASE)
 
 
@@ -105,6 +110,9 @@ def define_distributed() -> None:
 def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
   """Parses the flags, calls `main`, and returns the exit code.
 
+  A single process keeps compiled programs in the user's cache directory: see
+  `compile_cache.switch_on`.
+
   0: done, or stopped by SIGTERM and saved, or --help. 1: the loss diverged, in
   one line, or any fault of the program, which raises. 2: a user's mistake, or
   damaged data, in one line. 3: a process was lost or did not come in time,
@@ -132,6 +140,8 @@ def run(main: Callable[[], int | None], argv: Sequence[str]) -> int:
       who = f"{distributed.name(found)}: "
       # Before anything asks JAX for devices.
       distributed.join(found, FLAGS.join_timeout)
+    else:
+      compile_cache.switch_on(os.environ)
     with peers.watch(who, is_quiet=not debug), saver.orderly_errors():
       return main() or 0
   except checks.TransientError as error:
@@ -248,7 +258,7 @@ def _help(main: Callable[[], int | None]) -> str:
     lines.append(
       flags.text_wrap(f"--{name}: {FLAGS[name].help}", 78, "    ", "  ")
     )
-  return "\n".join(lines)
+  return "\n".join([*lines, "", _CACHE_HELP])
 
 
 def _fail(

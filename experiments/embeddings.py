@@ -17,6 +17,7 @@ others: under srun or mpirun each would do all of it, and write the same files.
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import shlex
 import sys
@@ -35,6 +36,7 @@ from dpc_jax.analysis import (
   variance,
 )
 from dpc_jax.data import prepared
+from dpc_jax.training import compile_cache
 from dpc_jax.training import config as config_lib
 from experiments import arguments, features, finished, mistakes, reporting
 
@@ -68,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Draws the figure and writes the numbers; returns the exit code."""
   flags = _parser().parse_args(argv)
   words = sys.argv[1:] if argv is None else argv
+  compile_cache.switch_on(os.environ)
   try:
     command = " ".join(
       ["python -m experiments.embeddings", *map(shlex.quote, words)]

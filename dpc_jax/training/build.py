@@ -16,13 +16,14 @@ from dpc_jax import models
 from dpc_jax.cost import bitops, macs
 from dpc_jax.data import corpus, sources
 from dpc_jax.policy import schedules, statistics
-from dpc_jax.quant import grids
+from dpc_jax.quant import grids, remat
 from dpc_jax.training import (
   checkpoint,
   checks,
   config_precision,
   methods,
   partition,
+  programs,
   sharding,
   tasks,
 )
@@ -74,12 +75,17 @@ class Programs(NamedTuple):
 
   Attributes:
     init: () -> TrainState, sharded from birth.
-    train_step: (state, batch) -> (state, metrics); donates the state.
+    train_step: (state, batch) -> (state, metrics); donates the state. Where
+      `config.steps_per_call` is above 1, one step of the program below.
     eval_step: (state, batch, carry) -> (metrics, carry).
     eval_carry: () -> the recurrent state before an evaluation.
     abstract: the state's shapes, dtypes and shardings.
     seconds: tracing and compiling the two steps.
     traces: how often the train step was traced; a run has one.
+    cached: whether the train step came from the persistent compilation cache.
+    train_steps: (state, batches, count) -> (state, metrics), what
+      `step.make_train_steps` returns, compiled for `config.steps_per_call`
+      batches; donates the state. None where that is 1.
   """
 
   init: Callable[[], state_lib.TrainState]
@@ -89,6 +95,8 @@ class Programs(NamedTuple):
   abstract: state_lib.TrainState
   seconds: float
   traces: list[int]
+  cached: bool = False
+  train_steps: Callable[..., Any] | None = None
 
 
 def build(
@@ -103,7 +111,7 @@ def build(
   Raises:
     ConfigError: one line that names the field, its value and the remedy.
   """
-  config_lib.validate(config)
+  _validate(config)
   mesh = sharding.make_mesh(
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor
   )
@@ -146,6 +154,17 @@ def build(
     static_bits=_static_bits(config, data.num_classes, feed.sample),
     init=init,
   )
+
+
+def _validate(config) -> None:
+  config_lib.validate(config)
+  checks.check(
+    config,
+    "steps_per_call",
+    checks.is_count(config.steps_per_call),
+    "must be at least 1",
+  )
+  checks.check_choice(config, "remat", (None, *remat.POLICIES))
 
 
 def _partition(config, model, init, mesh) -> partition.Specs:
@@ -200,6 +219,8 @@ def make_model(
       gradients=grids.Grid(kind, rounding="stochastic"),
       storage_bits=config.precision.storage_bits,
       ranges=config.precision.ranges,
+      backend=config.precision.backend,
+      input_gradient=config.precision.input_gradient,
     )
   sizes = {
     name: value
@@ -291,14 +312,6 @@ def compile_programs(parts: Parts) -> Programs:
   shardings = sharding.of_state(shapes, mesh, parts.partition)
   gather = sharding.make_gather(mesh, parts.partition)
   abstract = checkpoint.abstract_state(shapes, shardings)
-  traces = [0]
-  train_step = step_lib.make_train_step(
-    parts.model, parts.optimizer, parts.schedule, task, gather
-  )
-
-  def counted(state, batch):
-    traces[0] += 1
-    return train_step(state, batch)
 
   def eval_carry():
     return task.initial_carry(
@@ -306,36 +319,32 @@ def compile_programs(parts: Parts) -> Programs:
     )
 
   eval_step = step_lib.make_eval_step(parts.model, task, parts.schedule, gather)
-  rows, eval_rows, carry = (
-    checkpoint.abstract_state(tree, jax.tree.map(lambda _: batched, tree))
-    for tree in (
-      parts.feed.train_batch,
-      parts.feed.eval_batch,
-      jax.eval_shape(eval_carry),
-    )
-  )
   start = time.perf_counter()
   with matmul_precision(config):
-    compiled_train = (
-      jax.jit(counted, out_shardings=(shardings, replicated), donate_argnums=0)
-      .lower(abstract, rows)
-      .compile()
+    train_step, train_steps, traces, cached = programs.compile_train(
+      parts, abstract, gather
     )
     compiled_eval = (
       jax.jit(eval_step, out_shardings=(replicated, batched))
-      .lower(abstract, eval_rows, carry)
+      .lower(
+        abstract,
+        programs.with_sharding(parts.feed.eval_batch, batched),
+        programs.with_sharding(jax.eval_shape(eval_carry), batched),
+      )
       .compile()
     )
   seconds = time.perf_counter() - start
   init = jax.jit(parts.init, out_shardings=shardings)
   return Programs(
     init=lambda: init(key),
-    train_step=compiled_train,
+    train_step=train_step,
     eval_step=compiled_eval,
     eval_carry=jax.jit(eval_carry, out_shardings=batched),
     abstract=abstract,
     seconds=seconds,
     traces=traces,
+    cached=cached,
+    train_steps=train_steps,
   )
 
 

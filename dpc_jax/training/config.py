@@ -22,7 +22,9 @@ _NOT_COMPARED = (
   "keep_checkpoints",
   "keep_best",
   "max_skipped",
+  "steps_per_call",
   "data.dir",
+  "data.on_device",
   "data.workers",
   "mesh.data",
   "mesh.fsdp",
@@ -257,7 +259,12 @@ def claim_workdir(config: Any, workdir: pathlib.Path) -> None:
 
 
 # Fields that older programs did not have, and the value that they had.
-_ADDED = {"precision.ranges": "batch"}
+_ADDED = {
+  "precision.ranges": "batch",
+  "precision.backend": "simulated",
+  "precision.input_gradient": "exact",
+  "remat": None,
+}
 
 
 def _check_claim(config, workdir, text) -> None:

@@ -14,10 +14,11 @@ from dpc_jax.training import (
   auto_bounds,
   bits_log,
   build,
+  calls,
   checkpoint,
   config_precision,
   health,
-  partition,
+  notes,
   peers,
   resume,
   sharding,
@@ -28,7 +29,7 @@ from dpc_jax.training import state as state_lib
 from dpc_jax.training import summary as summary_lib
 from dpc_jax.training import workdir as workdir_lib
 
-# Steps whose metrics may wait on the device for the next log.
+# Calls whose metrics may wait on the device for the next log.
 _METRICS_HELD = 256
 
 DivergedError = health.DivergedError
@@ -101,17 +102,10 @@ class _Run:
       parts.task.unit,
     )
     opened.callback(self.progress.close)
-    if config.data.fake:
-      self.progress.note(
-        f"data.fake is set: made-up {parts.task.unit} in the form of"
-        f" {config.data.name}; accuracies and perplexities mean nothing"
-      )
-    environment = summary_lib.environment(parts.mesh)
-    unused = jax.device_count() - parts.mesh.devices.size
-    left = f", {unused} of all devices left out" if unused else ""
-    self.progress.note(f"compiling for {environment['device']}{left}")
+    for line in notes.before_compiling(parts):
+      self.progress.note(line)
     self.programs = build.compile_programs(parts)
-    self.progress.note(f"compiled in {self.programs.seconds:.1f} s")
+    self.progress.note(notes.compiled(self.programs))
     self.checkpoints = checkpoint.Checkpoints(
       workdir, config.keep_checkpoints, config.keep_best
     )
@@ -123,7 +117,7 @@ class _Run:
     self.compile_seconds = host["compile_seconds"] + self.programs.seconds
     # The compiled step cannot be traced again: one for each start of the run.
     self.compile_count = host["compile_count"] + self.programs.traces[0]
-    self.batches = parts.feed.train(self.step, config.steps)
+    self.batches = calls.Batches(parts, self.step)
     opened.callback(self.batches.close)
     self.health = health.Watch(parts, self.state)
     self.writer = metrics_lib.Writer(workdir)
@@ -156,7 +150,8 @@ class _Run:
   def train(self, is_stopping: Callable[[int], bool]) -> dict[str, Any] | None:
     config = self.parts.config
     if self.step == 0:
-      self._show_layers()
+      for table in notes.layers(self.parts, self.programs.abstract, self.state):
+        self.progress.note(table)
     if self.owes_evaluation:
       self._evaluate()
     pending, ahead = [], sharding.steps_ahead()
@@ -164,29 +159,32 @@ class _Run:
     while self.step < config.steps:
       if self._finds_bounds():
         self._find_bounds()
-      rows = next(self.batches)
-      self.state, metrics = self.programs.train_step(
-        self.state, sharding.put_batch(rows, self.parts.mesh)
+      count = calls.end(config, self.step) - self.step
+      self.state, metrics = calls.run(
+        self.programs, self.state, self.batches.take(count), count
       )
-      self.step += 1
-      self.watch.count_step()
-      pending.append(metrics)
+      pending.append((metrics, count))
       done = len(pending) - ahead
       if done > 0:
         jax.block_until_ready(pending[done - 1])
       if len(pending) > _METRICS_HELD:
-        self.sums.add(pending[:done])
+        self.sums.add(calls.per_step(pending[:done]))
         del pending[:done]
+      # Asked once a step: a signal that comes during the evaluation stops the
+      # next call, which is saved then. Processes agree on any step of a call.
+      stops = False
+      for _ in range(count):
+        self.step += 1
+        self.watch.count_step()
+        stops = is_stopping(self.step) or stops
       is_last = self.step == config.steps
-      # Asked once: a signal that comes during the evaluation stops the next
-      # step, which is saved then.
-      stops = is_stopping(self.step) and not is_last
+      stops = stops and not is_last
       logs = is_last or self.step % config.log_every == 0
       evaluates = self._evaluates()
       saves = is_last or stops or self.step % config.checkpoint_every == 0
       if not (logs or evaluates or saves):
         continue
-      self.sums.add(pending)
+      self.sums.add(calls.per_step(pending))
       pending.clear()
       seconds_per_step = self.watch.seconds_per_step()
       self._check(state=evaluates or saves)
@@ -207,19 +205,6 @@ class _Run:
         self._evaluate()
       self.watch.resume()
     return self._finish()
-
-  def _show_layers(self) -> None:
-    bits = jax.device_get(state_lib.layer_bits(self.state))
-    self.progress.note(f"layers\n{summary_lib.layer_table(self.parts, bits)}")
-    if any(self.parts.partition.values()):
-      self.progress.note(
-        "parameters\n"
-        + partition.table(
-          self.programs.abstract.params,
-          self.parts.partition,
-          self.parts.mesh,
-        )
-      )
 
   def _finds_bounds(self) -> bool:
     config = self.parts.config
@@ -259,15 +244,7 @@ class _Run:
   def _fail(self, what: str) -> NoReturn:
     self.checkpoints.wait()
     latest = self.checkpoints.latest_step()
-    left = (
-      "no checkpoint was saved"
-      if latest is None
-      else f"the newest checkpoint is of step {latest}"
-    )
-    raise DivergedError(
-      f"{self.workdir}: {what} at step {self.step}; {left}; lower"
-      " optimizer.learning_rate or raise precision.b_min, in another workdir"
-    )
+    raise DivergedError(notes.diverged(self.workdir, what, self.step, latest))
 
   def _log(self, seconds_per_step: float) -> None:
     config = self.parts.config

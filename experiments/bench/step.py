@@ -1,4 +1,4 @@
-r"""Times a recipe's train step: float, static, DPC, DPC with 8-bit storage.
+r"""Times a recipe's train step: float, static, DPC, DPC in less memory.
 
   python -m experiments.bench.step --config=configs/cifar10_resnet38.py \
     --workdir=runs/bench
@@ -13,13 +13,11 @@ for: arguments, results and temporaries, less what they share.
 
 import copy
 import json
-import re
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from absl import flags
@@ -28,7 +26,7 @@ from dpc_jax.analysis import report
 from dpc_jax.data import imagenet
 from dpc_jax.training import build, sharding, summary
 from experiments import cli
-from experiments.bench import builds
+from experiments.bench import builds, turns
 
 _ROUNDS = flags.DEFINE_integer(
   "rounds", 15, "Rounds of one timing each.", lower_bound=2
@@ -39,40 +37,35 @@ _MIB = 2**20
 _INPUT_STEPS = 30
 
 
-class Variant(NamedTuple):
-  """A compiled variant and what it took to compile."""
-
-  step: Callable[..., Any]
-  state: Any
-  compile_seconds: float
-  peak_bytes: int
-  temporary_bytes: int
-
-
 def variants(config: Any) -> dict[str, Any]:
   """{label: config} of what is compared; the first one is the baseline."""
   b_max = config.precision.b_max
   methods = [
-    ("float", "float", None),
-    (f"static{b_max}", f"static{b_max}", None),
-    ("dpc", "dpc", None),
+    ("float", "float", None, None),
+    (f"static{b_max}", f"static{b_max}", None, None),
+    ("dpc", "dpc", None, None),
   ]
   if b_max <= 8:
-    methods.append(("dpc, 8-bit storage", "dpc", 8))
+    methods += [
+      ("dpc, 8-bit storage", "dpc", 8, None),
+      ("dpc, 8-bit storage, norms", "dpc", 8, "norms"),
+      ("dpc, 8-bit storage, norms8", "dpc", 8, "norms8"),
+    ]
   configs = {}
-  for label, method, storage in methods:
+  for label, method, storage, remat in methods:
     variant = copy.deepcopy(config)
     variant.precision.method = method
     variant.precision.storage_bits = storage
+    variant.remat = remat
     configs[label] = variant
   return configs
 
 
-def compile_variant(parts: build.Parts) -> Variant:
+def compile_variant(parts: build.Parts) -> turns.Variant:
   """Compiles a variant's train step and makes its first state."""
   programs = build.compile_programs(parts)
   memory = programs.train_step.memory_analysis()
-  return Variant(
+  return turns.Variant(
     step=programs.train_step,
     state=programs.init(),
     compile_seconds=programs.seconds,
@@ -82,23 +75,6 @@ def compile_variant(parts: build.Parts) -> Variant:
     - memory.alias_size_in_bytes,
     temporary_bytes=memory.temp_size_in_bytes,
   )
-
-
-def time_in_turns(
-  compiled: dict[str, Variant], batch: Any, rounds: int, steps: int
-) -> dict[str, list[float]]:
-  """Seconds per step, {label: one per round}; states are donated onwards."""
-  states = {label: variant.state for label, variant in compiled.items()}
-  seconds = {label: [] for label in compiled}
-  for i in range(rounds + 1):
-    for label, variant in compiled.items():
-      start = time.perf_counter()
-      for _ in range(steps):
-        states[label], metrics = variant.step(states[label], batch)
-      jax.block_until_ready((states[label], metrics))
-      if i:  # the first round warms up
-        seconds[label].append((time.perf_counter() - start) / steps)
-  return seconds
 
 
 def input_rate(parts: build.Parts) -> float:
@@ -118,13 +94,14 @@ def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
   """The measurements of one recipe, as they go into the JSON file."""
   built = builds.build_all(variants(builds.without_data(config)))
   compiled = {}
-  for label, parts in built.items():
-    print(f"compiling {label}", flush=True)
-    compiled[label] = compile_variant(parts)
+  with turns.no_cache():
+    for label, parts in built.items():
+      print(f"compiling {label}", flush=True)
+      compiled[label] = compile_variant(parts)
   batches = parts.feed.train(0, 1)
   rows = next(batches)
   batches.close()
-  seconds = time_in_turns(
+  seconds = turns.time_in_turns(
     compiled, sharding.put_batch(rows, parts.mesh), rounds, steps
   )
   base = next(iter(compiled))
@@ -132,21 +109,16 @@ def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
   per_row = 1 if unit == "images" else config.data.unroll
   results = {}
   for label, variant in compiled.items():
-    ratios = [
-      own / other
-      for own, other in zip(seconds[label], seconds[base], strict=True)
-    ]
-    low, _, high = statistics.quantiles(ratios, n=4)
     median = statistics.median(seconds[label])
-    results[label] = {
-      "ratio": statistics.median(ratios),
-      "ratio_quartiles": [low, high],
+    results[label] = turns.spread(seconds[label], seconds[base]) | {
       "milliseconds": 1e3 * median,
       f"{unit}_per_second": config.batch_size * per_row / median,
       "compile_seconds": variant.compile_seconds,
       "peak_mib": variant.peak_bytes / _MIB,
       "peak_ratio": variant.peak_bytes / compiled[base].peak_bytes,
       "temporary_mib": variant.temporary_bytes / _MIB,
+      "temporary_ratio": variant.temporary_bytes
+      / compiled[base].temporary_bytes,
     }
   measured = summary.environment(parts.mesh) | {
     "model": config.model.name,
@@ -170,7 +142,7 @@ def main() -> None:
     ["python -m experiments.bench.step", *map(shlex.quote, sys.argv[1:])]
   )
   results["wall_seconds"] = time.perf_counter() - start
-  name = f"step_{results['model']}_{_slug(results['device'])}.json"
+  name = f"step_{results['model']}_{turns.slug(results['device'])}.json"
   path = workdir / name
   path.write_text(json.dumps(results, indent=2) + "\n")
   unit = results["unit"]
@@ -183,6 +155,7 @@ def main() -> None:
     "compile s",
     "peak MiB",
     "peak/float",
+    "temporaries/float",
   )
   table = [
     (
@@ -194,6 +167,7 @@ def main() -> None:
       f"{r['compile_seconds']:.1f}",
       f"{r['peak_mib']:,.0f}",
       f"{r['peak_ratio']:.2f}",
+      f"{r['temporary_ratio']:.2f}",
     )
     for label, r in results["variants"].items()
   ]
@@ -206,11 +180,6 @@ def main() -> None:
     rate = results[f"input_{unit}_per_second"]
     print(f"\ninput alone: {rate:,.0f} {unit}/s")
   print(f"written: {path}")
-
-
-def _slug(device: str) -> str:
-  """A device's name as a part of a file's: "1 x cpu" -> "cpu"."""
-  return re.sub(r"[^a-z0-9]+", "_", device.lower().split(" x ")[-1])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pathlib
 import shlex
 import sys
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from dpc_jax.analysis import cells, html
-from dpc_jax.training import termination
+from dpc_jax.training import compile_cache, termination
 from experiments import arguments, cli, mistakes, reporting
 from experiments.reproduce import scales, tables, trials
 
@@ -34,6 +35,7 @@ def main(
   (name,) = made if len(made) == 1 else (None,)
   program = ".".join(filter(None, ("experiments.reproduce", name)))
   flags = _parser(program, doc).parse_args(argv)
+  compile_cache.switch_on(os.environ)
   words = sys.argv[1:] if argv is None else argv
   where = flags.workdir / flags.scale
   stem = "report" if name is None else f"table_{name}"

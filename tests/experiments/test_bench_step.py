@@ -5,17 +5,17 @@ import statistics
 import pytest
 
 from configs import digits_resnet8, ptb_lstm_tiny
-from experiments.bench import step
+from dpc_jax import models
+from experiments.bench import step, turns
 from tests import compiling
+from tests.training import tiny
 
 
 @pytest.fixture(scope="module")
 def results():
-  config = digits_resnet8.get_config()
-  config.batch_size = 16
-  config.model.width = 4
-  with compiling.fast():
-    return step.measure(config, rounds=4, steps=1)
+  with compiling.fast(), pytest.MonkeyPatch.context() as patch:
+    patch.setitem(models._CONSTRUCTORS, "tiny", tiny.Tiny)
+    return step.measure(tiny.make_config(), rounds=4, steps=1)
 
 
 def test_all_variants_are_measured(results):
@@ -24,6 +24,8 @@ def test_all_variants_are_measured(results):
     "static8",
     "dpc",
     "dpc, 8-bit storage",
+    "dpc, 8-bit storage, norms",
+    "dpc, 8-bit storage, norms8",
   ]
   for figures in results["variants"].values():
     assert figures["peak_mib"] > 0
@@ -45,13 +47,15 @@ def test_ratios_are_to_the_float_step(results):
 def test_each_variant_is_what_its_label_says():
   config = digits_resnet8.get_config()
   assert {
-    label: (c.precision.method, c.precision.storage_bits)
+    label: (c.precision.method, c.precision.storage_bits, c.remat)
     for label, c in step.variants(config).items()
   } == {
-    "float": ("float", None),
-    "static8": ("static8", None),
-    "dpc": ("dpc", None),
-    "dpc, 8-bit storage": ("dpc", 8),
+    "float": ("float", None, None),
+    "static8": ("static8", None, None),
+    "dpc": ("dpc", None, None),
+    "dpc, 8-bit storage": ("dpc", 8, None),
+    "dpc, 8-bit storage, norms": ("dpc", 8, "norms"),
+    "dpc, 8-bit storage, norms8": ("dpc", 8, "norms8"),
   }
   config.precision.b_max = 10
   assert list(step.variants(config)) == ["float", "static10", "dpc"]
@@ -76,10 +80,10 @@ def test_variants_take_turns():
       order.append(label)
       return state, batch
 
-    return step.Variant(run, 0.0, 0.0, 1, 1)
+    return turns.Variant(run, 0.0, 0.0, 1, 1)
 
   compiled = {label: variant(label) for label in ("a", "b")}
-  seconds = step.time_in_turns(compiled, 0.0, rounds=2, steps=2)
+  seconds = turns.time_in_turns(compiled, 0.0, rounds=2, steps=2)
   assert "".join(order) == "aabb" * 3
   assert {len(s) for s in seconds.values()} == {2}
   assert statistics.median(seconds["a"]) > 0
