@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # The persistent compilation cache: a second run need not compile again.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
@@ -20,8 +21,10 @@ reproduce: $(VENV)/installed
 	$(BIN)/python -m experiments.reproduce --scale=$(SCALE) \
 	  $(if $(DATA),--data_dir='$(DATA)')
 
+# What looks at rounding is compiled as users have it, all else in a hurry.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(TESTS) --compiler=fast
+	$(TESTS) --compiler=users
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """dpc_jax: Decreasing Precision with layer Capacity, in JAX and Flax."""
 
-from dpc_jax import models
+from dpc_jax import export, models
 from dpc_jax.cost.bitops import bitops
 from dpc_jax.cost.macs import layer_costs
 from dpc_jax.models.lstm import QuantLSTMCell
@@ -13,7 +13,7 @@ from dpc_jax.policy.statistics import (
   gradient_statistics,
   track_gradient_statistics,
 )
-from dpc_jax.quant import delayed
+from dpc_jax.quant import delayed, remat
 from dpc_jax.quant.grids import Grid, LayerBits, Quantization, fake_quantize
 from dpc_jax.quant.layers import QuantConv, QuantDense
 from dpc_jax.quant.precision import assign_bits, layer_bits
@@ -36,6 +36,7 @@ __all__ = [
   "bitops",
   "delayed",
   "dpc_bit_widths",
+  "export",
   "fake_quantize",
   "gradient_statistics",
   "layer_bits",
@@ -44,6 +45,7 @@ __all__ = [
   "models",
   "precision_bounds",
   "quantize",
+  "remat",
   "schedules",
   "track_gradient_statistics",
 ]

@@ -14,7 +14,7 @@ FAST = {
   "xla_backend_optimization_level": 0,
   "xla_cpu_use_fusion_emitters": False,
 }
-# The same as XLA_FLAGS of a child process.
+# The same as XLA_FLAGS of a process: a child, or all of `--compiler=fast`.
 FLAGS = " ".join(f"--{name}={int(value)}" for name, value in FAST.items())
 
 

@@ -23,6 +23,8 @@ ALLOWED = {
   "data": set(),
   "training": {"quant", "policy", "cost", "models", "data"},
   "analysis": {"quant", "policy", "cost", "models", "data"},
+  # Writes and reads files too, with the core packages alone.
+  "export": {"quant", "policy", "cost", "models", "data"},
 }
 # Third-party packages of `pip install .`; all others belong to rooms that do
 # input and output.
@@ -124,8 +126,10 @@ def test_import_dpc_jax_is_light():
 PUBLIC = (
   "GradientStatistics Grid LayerBits PrecisionBounds QuantConv QuantDense"
   " QuantLSTMCell QuantProduct Quantization assign_bits bitops dpc_bit_widths"
+  " export.freeze export.load export.quantize_trained export.save"
   " fake_quantize gradient_statistics layer_bits layer_capacities layer_costs"
-  " models.create precision_bounds quantize schedules.adaptive"
+  " models.create precision_bounds quantize remat.norms"
+  " schedules.adaptive"
   " schedules.constant schedules.cyclic schedules.cyclic_dpc schedules.dpc"
   " schedules.progressive schedules.random_layerwise schedules.reversed_dpc"
   " schedules.uniform track_gradient_statistics"

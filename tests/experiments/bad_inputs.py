@@ -30,8 +30,8 @@ class Group(NamedTuple):
 
 # Programs that read their flags by argparse.
 PLAIN = (
-  *("adaptive.curves", "bench.input", "embeddings", "prepare_imagenet"),
-  "report",
+  *("adaptive.curves", "bench.input", "embeddings", "export"),
+  *("prepare_imagenet", "report"),
 )
 
 DIGITS = "configs/digits_resnet8.py:dpc"
@@ -358,6 +358,7 @@ GROUPS = (
   Group("prepare_imagenet", "prepare_imagenet", "", _PREPARE),
   Group("report", "report", "", bad_saved.REPORT),
   Group("embeddings", "embeddings", "", bad_saved.EMBEDDINGS),
+  Group("export", "export", "", bad_saved.EXPORT),
 )
 
 

@@ -84,3 +84,34 @@ EMBEDDINGS = """
 --workdirs={run} --workdir={new} --checkpoint=last -> invalid choice: 'last'
 --workdirs={run} --workdir={new} --checkpoint=best -> kept no checkpoint that it
 """
+EXPORT = """
+--workdir={run} -> the following arguments are required: --out; see --help
+--out={new} -> the following arguments are required: --workdir; see --help
+--workdir={run} --out= -> --out: is empty; see --help
+--workdir={run} --out={new} --bit=dpc -> unrecognized arguments: --bit=dpc
+--workdir={run} --out={new} --bits=kl -> --bits=kl: use dpc, cosine, or static<b
+--workdir={run} --out={new} --bits=static1 -> --bits=static1: the width must be
+--workdir={run} --out={new} --bits=static32 -> =static32: the width must be in 2
+--workdir={run} --out={new} --tau=0.9 -> means nothing without --bits=cosine; le
+--workdir={run} --out={new} --calibration=3 -> =3: means nothing without --bits;
+--workdir={run} --out={new} --bits=static8 --b_min=3 -> --bits=dpc or cosine
+--workdir={run} --out={new} --bits=dpc --calibration=0 -> =0: must be at least 1
+--workdir={run} --out={new} --bits=dpc --calibration=x -> --calibration: invalid
+--workdir={run} --out={new} --bits=dpc --b_min=1 -> --b_min=1: must be in 2..16
+--workdir={run} --out={new} --bits=dpc --b_max=17 -> --b_max=17: must be in 2..1
+--workdir={run} --out={new} --bits=dpc --activations=32 -> =32: must be in 2..16
+--workdir={run} --out={new} --bits=cosine --tau=nan -> --tau=nan: must be in (0,
+--workdir={run} --out={new} --bits=dpc --b_min=9 --b_max=8 -> b_min=9 is above b
+--workdir={run} --out={new} --bits=cosine --b_max=2 -> reach it with 2 bits; low
+--workdir={run} --out={new} --fold_batch_norm -> --fold_batch_norm: Tiny: 'norm'
+--workdir={run} --out={disk}/runs -> {disk}/runs: is there already; nothing is o
+--workdir={run} --out={disk}/file -> {disk}/file: is there already; nothing is o
+--workdir={run} --out={disk}/file/out -> {disk}/file is no folder that can be wr
+--workdir={disk}/absent --out={new} -> {disk}/absent: holds no run; name the wor
+--workdir={disk}/empty --out={new} -> {disk}/empty: holds no run; name the workd
+--workdir={disk}/saved --out={new} -> {disk}/saved: holds no run; did you mean
+--workdir={disk}/saved/bare --out={new} -> no checkpoint there yet; wait
+--workdir={disk}/saved/cut --out={new} -> its config.json is damaged
+--workdir={disk}/saved/batch --out={new} -> config.batch_size = 0: must be
+--workdir={disk}/saved/cifar10 --out={new} --data_dir=/nowhere -> /nowhere
+"""

@@ -132,7 +132,7 @@ def test_it_is_one_line(
 ):
   argv = bad_inputs.argv(group, arguments, tmp_path / "run", disk)
   before = bad_disk.snapshot(disk)
-  if group.program == "embeddings":
+  if group.program in ("embeddings", "export"):
     monkeypatch.setitem(models._CONSTRUCTORS, "tiny", tiny.Tiny)
   # Of the processor: other programs on the machine do not count.
   start = time.process_time()
@@ -242,6 +242,7 @@ DAMAGE = [
   ("bounds", remove_state, "checkpoints/2 is damaged"),
   ("embeddings", flip, "checkpoints/2 is damaged"),
   ("embeddings", remove_state, "checkpoints/2 is damaged"),
+  ("export", flip, "checkpoints/2 is damaged"),
 ]
 
 
@@ -263,6 +264,7 @@ def test_a_damaged_run(
       *(f"--workdir={new}", f"--checkpoint={run}"),
     ],
     "embeddings": ["", f"--workdirs={run}", f"--workdir={new}"],
+    "export": ["", f"--workdir={run}", f"--out={new}"],
   }[program]
   start = time.process_time()
   assert call(program, argv, monkeypatch, lambda parts: programs) == 2
