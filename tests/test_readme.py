@@ -6,9 +6,12 @@ import io
 import pathlib
 import re
 
+import pytest
+
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
+@pytest.mark.as_users
 def test_python_blocks_run_and_print_what_they_say():
   code = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.S))
   assert "dpc.quantize" in code and "dpc.schedules" in code

@@ -151,7 +151,7 @@ def build(
     schedule=schedule,
     schedule_state=functools.partial(_between, config, run, capacities),
     costs=costs,
-    static_bits=_static_bits(config, data.num_classes, feed.sample),
+    static_bits=_static_bits(config, data.num_classes, feed.sample, capacities),
     init=init,
   )
 
@@ -235,11 +235,12 @@ def make_model(
   )
 
 
-def _static_bits(config, num_classes, sample):
+def _static_bits(config, num_classes, sample, capacities):
   """{path: B_max} of the layers that have widths, or would in a float run."""
-  config = ml_collections.ConfigDict(config.to_dict())
-  config.precision.method = "dpc"
-  capacities = _capacities(make_model(config, num_classes), sample)
+  if config.precision.method == "float":
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.precision.method = "dpc"
+    capacities = _capacities(make_model(config, num_classes), sample)
   return dict.fromkeys(capacities, config.precision.b_max)
 
 

@@ -1,6 +1,7 @@
 """Every recipe, with every method that its docstring names."""
 
 import importlib
+import itertools
 import pathlib
 
 import jax
@@ -100,9 +101,11 @@ def test_the_command_line_sets_the_length(name):
   assert get_config(name, "dpc").epochs is None
 
 
-# Those for CIFAR-100 are those for CIFAR-10 with more classes.
+# Those for CIFAR-100 are those for CIFAR-10 with more classes; 74 is a depth
+# between 38 and 110.
 @pytest.mark.parametrize(
-  "name", [name for name in RECIPES if not name.startswith("cifar100")]
+  "name",
+  [x for x in RECIPES if not x.startswith(("cifar100", "cifar10_resnet74"))],
 )
 def test_the_full_recipe_builds_on_data_like_its_own(name):
   """Shapes alone: nothing of the full size is computed."""
@@ -125,10 +128,12 @@ def test_the_full_recipe_builds_on_data_like_its_own(name):
 
 
 # CIFAR-100's differ from CIFAR-10's in the classifier: one of them is enough.
+# Their blocks are scanned: depths between two others differ in a count.
+BETWEEN = ("cifar10_resnet38", "cifar10_resnet74", "imagenet_resnet34")
 TRAINED = [
   name
   for name in RECIPES
-  if not name.startswith("cifar100_") or name == "cifar100_resnet38"
+  if name == "cifar100_resnet38" or not name.startswith(("cifar100_", *BETWEEN))
 ]
 
 
@@ -166,9 +171,14 @@ def test_the_smoke_variant_trains_saves_goes_on_and_evaluates(
   assert 0 < summary["saving_vs_static"] < 1
 
 
-@pytest.mark.parametrize("method", ["float", "static8"])
-@pytest.mark.parametrize("name", ONE_OF_EACH_MODEL.split())
-def test_the_smoke_variant_of_other_methods_builds(name, method):
+@pytest.mark.parametrize(
+  ("name", "method"),
+  [
+    *itertools.product(ONE_OF_EACH_MODEL.split(), ("float", "static8")),
+    *itertools.product(BETWEEN, ("dpc",)),
+  ],
+)
+def test_the_smoke_variant_of_others_builds(name, method):
   config = get_config(name, f"{method},smoke")
   assert config.precision.method == method
   config.mesh.data = 1

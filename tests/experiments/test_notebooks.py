@@ -82,6 +82,7 @@ def execute(notebook, monkeypatch, folder):
   return notebook
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_and_prints_and_draws_what_is_stored(name, monkeypatch, tmp_path):
   stored = read(name)

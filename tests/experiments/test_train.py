@@ -26,6 +26,7 @@ OVERRIDES = {
   "eval_every": 25,
   "checkpoint_every": 20,
 }
+pytestmark = pytest.mark.as_users
 # What depends on the clock and on interruptions.
 TIMES = ("seconds", "compile_seconds", "compile_count")
 

@@ -262,11 +262,13 @@ def test_a_quantized_unroll_is_a_loop_of_quantized_cells():
 # Float, few bits, one row.
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize("case", [CASE, TIED], ids=["untied", "tied"])
 def test_at_width_32_it_is_the_float_model_bit_for_bit(case):
   checks.check_float_is_plain(case)
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize("case", [CASE, TIED], ids=["untied", "tied"])
 def test_a_step_at_few_bits_reaches_every_parameter(case):
   checks.check_few_bits(case)

@@ -132,11 +132,13 @@ def test_what_is_quantized(name, in_float):
     assert logits.shape == (1, 7)
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize("name", CASES)
 def test_float_is_plain(name):
   checks.check_float_is_plain(CASES[name])
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize("name", CASES)
 def test_few_bits(name):
   checks.check_few_bits(CASES[name])

@@ -168,6 +168,7 @@ def assert_same(a, b):
     np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.as_users
 def test_at_width_32_it_is_the_float_model_bit_for_bit(small):
   quantized, plain, variables, plain_variables = small
   assert set(plain_variables) == {"params", "batch_stats"}
@@ -181,6 +182,7 @@ def test_at_width_32_it_is_the_float_model_bit_for_bit(small):
   assert_same(want, (value, {"batch_stats": updates["batch_stats"]}, grads))
 
 
+@pytest.mark.as_users
 def test_a_step_at_few_bits_reaches_every_parameter(small):
   quantized, _, variables, _ = small
   losses = set()

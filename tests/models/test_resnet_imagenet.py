@@ -118,11 +118,13 @@ def test_what_is_quantized(name, quantize_all):
   assert logits.shape == (1, 7)
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize("name", CASES)
 def test_float_is_plain(name):
   checks.check_float_is_plain(CASES[name][0])
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize("name", CASES)
 def test_few_bits(name):
   checks.check_few_bits(CASES[name][0])

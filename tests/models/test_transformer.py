@@ -264,10 +264,12 @@ def test_evaluation_is_row_by_row():
   assert same.tolist() == [True, True, False, True]
 
 
+@pytest.mark.as_users
 def test_float_is_plain():
   checks.check_float_is_plain(CASE)
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize("scan", [False, True])
 def test_few_bits(scan):
   checks.check_few_bits(CASE, scan=scan)
@@ -277,10 +279,12 @@ def test_batch_of_one():
   checks.check_batch_of_one(CASE)
 
 
+@pytest.mark.as_users
 def test_scan_is_unroll():
   checks.check_scan_is_unroll(CASE)
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize("layer", ["attention/value", "attention/av"])
 def test_stacked_widths(layer):
   checks.check_stacked_widths(CASE, f"blocks/{layer}")

@@ -114,6 +114,7 @@ def unfused(monkeypatch):
   monkeypatch.setattr(checks, "step", step)
 
 
+@pytest.mark.as_users
 def test_first_and_last_layer_can_be_quantized(unfused):
   model = CASE.build(quantize_all=True)
   bits = precision.layer_bits(checks.initial(CASE, model))
@@ -182,6 +183,7 @@ def test_against_a_model_written_out():
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.as_users
 def test_float_is_plain(unfused):
   checks.check_float_is_plain(CASE)
 

@@ -83,10 +83,12 @@ def test_layers_and_shapes():
   assert jax.eval_shape(model.apply, variables, IMAGE).shape == (1, 10)
 
 
+@pytest.mark.as_users
 def test_float_is_plain():
   checks.check_float_is_plain(CASE)
 
 
+@pytest.mark.as_users
 def test_few_bits():
   checks.check_few_bits(CASE)
 

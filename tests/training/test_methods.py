@@ -213,6 +213,7 @@ class TestAdaptive:
       found.append(runs.widths_of(state)["second"][0])
     return found
 
+  @pytest.mark.as_users
   def test_one_compiled_step_serves_all_rules(self, adaptive):
     # The first decision is at step 8, on gradients that are the same.
     up = self.widths(adaptive, "adaptive")
@@ -269,6 +270,7 @@ class TestAdaptive:
       tiny.assert_same(tiny.leaves(after[path]), tiny.leaves(old))
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize("method", ["cpt", "dpc_cpt"])
 def test_a_cycle_is_evaluated_at_its_top(method, cyclic):
   """Though the last step was not trained there."""
