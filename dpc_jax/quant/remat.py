@@ -139,9 +139,11 @@ _masked_relu.defvjp(_relu_forward, _relu_backward)
 
 def _rematerialized(module, storage_bits, args, kwargs, copies):
   """The call of a bound module, as a pure function of its variables and x."""
-  x, *rest = args
+  kwargs = dict(kwargs)
+  x, *rest = args or (kwargs.pop("x"),)
   variables = module.variables
-  mutable = [n for n in variables if module.is_mutable_collection(n)]
+  # What it makes by itself, such as what it sows, is no variable yet.
+  mutable = module.scope.mutable or []
   pure = module.clone(parent=None)
   masks = {k: v for k, v in kwargs.items() if isinstance(v, jax.Array)}
   static = {k: v for k, v in kwargs.items() if k not in masks}

@@ -31,6 +31,10 @@ TOGETHER = 2**22
 MAX_PLACES = 64
 
 
+class InexactSumError(ValueError):
+  """A layer whose sums of codes cannot be exact, in one line."""
+
+
 class Backend(NamedTuple):
   """How codes are multiplied.
 
@@ -60,7 +64,7 @@ def dot_general(
   """`lax.dot_general` of codes: in the dtype of sums, or float32 if split.
 
   Raises:
-    ValueError: `name` has sums that are too long, and cannot be split.
+    InexactSumError: `name` has sums that are too long, and cannot be split.
   """
   (left, right), _ = numbers
   sizes = [rhs.codes.shape[axis] for axis in right]
@@ -190,7 +194,7 @@ def _split(name, backend, terms, length, sizes):
     for parts in range(2, min(sizes[i], MAX_PARTS) + 1):
       if sizes[i] % parts == 0 and length // parts <= longest:
         return i, parts
-  raise ValueError(
+  raise InexactSumError(
     f"{name}: sums of {length} products of codes up to {peaks[0]} and"
     f" {peaks[1]} are not exact with backend = {backend.name!r}, and cannot be"
     " split into parts that are; use a smaller batch or image, or backend"

@@ -16,7 +16,7 @@ from dpc_jax import models
 from dpc_jax.cost import bitops, macs
 from dpc_jax.data import corpus, sources
 from dpc_jax.policy import schedules, statistics
-from dpc_jax.quant import grids, remat
+from dpc_jax.quant import grids
 from dpc_jax.training import (
   checkpoint,
   checks,
@@ -111,7 +111,7 @@ def build(
   Raises:
     ConfigError: one line that names the field, its value and the remedy.
   """
-  _validate(config)
+  config_lib.validate(config)
   mesh = sharding.make_mesh(
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor
   )
@@ -154,17 +154,6 @@ def build(
     static_bits=_static_bits(config, data.num_classes, feed.sample, capacities),
     init=init,
   )
-
-
-def _validate(config) -> None:
-  config_lib.validate(config)
-  checks.check(
-    config,
-    "steps_per_call",
-    checks.is_count(config.steps_per_call),
-    "must be at least 1",
-  )
-  checks.check_choice(config, "remat", (None, *remat.POLICIES))
 
 
 def _partition(config, model, init, mesh) -> partition.Specs:

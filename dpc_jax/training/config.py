@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from dpc_jax.quant import remat
 from dpc_jax.training import checks, config_precision, partition
 from dpc_jax.training.checks import ConfigError
 
@@ -36,6 +37,7 @@ _NOT_COMPARED = (
 _OF_A_HOST = ("data.dir", "data.workers")
 # Differences between two runs that one line names.
 _SHOWN = 5
+_MOST_STEPS_PER_CALL = 1024
 _MAX_SEED = 2**32 - 1
 _MAX_STEPS = 2**31 - 1  # the step is an int32
 
@@ -59,6 +61,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     checks.check(config, name, config[name] >= 1, "must be at least 1")
   checks.check(
     config,
+    "steps_per_call",
+    1 <= config.steps_per_call <= _MOST_STEPS_PER_CALL,
+    f"must be in 1..{_MOST_STEPS_PER_CALL}: a call's batches lie on the devices"
+    " together",
+  )
+  checks.check(
+    config,
     "max_skipped",
     config.max_skipped is None or config.max_skipped >= 1,
     "must be at least 1, or None to stop at the first",
@@ -77,6 +86,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _validate_data(config)
   _validate_model(config)
   checks.check_choice(config, "matmul_precision", MATMUL_PRECISIONS)
+  checks.check_choice(config, "remat", (None, *remat.POLICIES))
   config_precision.validate(config)
   _validate_optimizer(config)
   checks.check_choice(config, "mesh.sharding", (None, *partition.PRESETS))

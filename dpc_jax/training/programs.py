@@ -8,8 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpc_jax.quant import remat
-from dpc_jax.training import checkpoint, compile_cache, sharding, stacked
+from dpc_jax.quant import remat, sums
+from dpc_jax.training import (
+  checkpoint,
+  checks,
+  compile_cache,
+  sharding,
+  stacked,
+)
 from dpc_jax.training import step as step_lib
 
 if typing.TYPE_CHECKING:
@@ -28,6 +34,9 @@ def compile_train(
 
   Returns:
     (train_step, train_steps, traces, cached), as in `build.Programs`.
+
+  Raises:
+    ConfigError: `precision.backend` cannot multiply exactly in some layer.
   """
   mesh, size = parts.mesh, parts.config.steps_per_call
   replicated, traces = sharding.replicated(mesh), [0]
@@ -54,9 +63,15 @@ def compile_train(
     return run(state, *arguments)
 
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  lowered = jax.jit(
+  jitted = jax.jit(
     counted, out_shardings=(shardings, replicated), donate_argnums=0
-  ).lower(abstract, *arguments)
+  )
+  try:
+    lowered = jitted.lower(abstract, *arguments)
+  except sums.InexactSumError as error:
+    # Those of a batch's gradients show only now.
+    backend = parts.config.precision.backend
+    checks.fail("precision.backend", backend, str(error))
   with compile_cache.hits() as hits:
     compiled = lowered.compile(_compiler_options(parts))
   if size == 1:

@@ -56,6 +56,8 @@ batch_size=20 -> config.batch_size = 20: must be a multiple of the 8 devices
 eval_batch_size=0 -> config.eval_batch_size = 0: must be at least 1
 eval_every=0 -> config.eval_every = 0: must be at least 1
 log_every=-1 -> config.log_every = -1: must be at least 1
+steps_per_call=0 -> config.steps_per_call = 0: must be in 1..1024
+remat=all -> config.remat = 'all': use one of norms, norms8, or leave it out
 checkpoint_every=0 -> config.checkpoint_every = 0: must be at least 1
 keep_checkpoints=0 -> config.keep_checkpoints = 0: must be at least 1
 seed=-1 -> config.seed = -1: must be in 0..2^32-1
@@ -138,6 +140,10 @@ precision.weights=17 -> precision.weights = 17: must be in 2..16, or 32 for floa
 precision.activations=33 -> precision.activations = 33: must be in 2..16, or 32
 precision.gradients=1 -> precision.gradients = 1: must be in 2..16, or 32 for fl
 precision.storage_bits=4 -> config.precision.storage_bits = 4: use 8, or
+precision.backend=fp4 -> config.precision.backend = 'fp4': use one of simulated,
+precision.backend=int8 -> config.precision.backend = 'int8': needs storage_bits
+precision.input_gradient=half -> 'half': use one of exact, scaled
+precision.input_gradient=scaled -> 'scaled': needs storage_bits = 8
 precision.storage_bits=8 precision.b_max=9 -> a width of 9 (weights) does not fi
 precision.storage_bits=8 precision.activations=32 -> a width of 32 (activations)
 precision.storage_bits=8 precision.method=static16 -> a width of 16 (weights) do

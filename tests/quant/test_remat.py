@@ -115,6 +115,29 @@ def test_updates_of_the_collections_are_those_of_the_plain_layer():
   assert closeness(again, variables) == 0
 
 
+class Sowing(nn.LayerNorm):
+  def __call__(self, x):
+    self.sow("intermediates", "mean", jnp.mean(x))
+    return super().__call__(x)
+
+
+class ByKeyword(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return Sowing(name="layer")(x=x)
+
+
+def test_an_input_by_keyword_and_what_a_layer_sows():
+  model, x = ByKeyword(), jax.random.normal(jax.random.key(0), (4, 3))
+  params = {"params": model.init(jax.random.key(1), x)["params"]}
+  want, sown = model.apply(params, x, mutable=["intermediates"])
+  for storage_bits in remat.POLICIES.values():
+    with remat.norms(storage_bits):
+      got, found = model.apply(params, x, mutable=["intermediates"])
+      np.testing.assert_array_equal(model.apply(params, x), want)
+    assert closeness((got, found), (want, sown)) < 1e-6
+
+
 def test_relu_keeps_a_mask():
   x = jnp.array([-1.0, 0.0, -0.0, 2.0, jnp.nan])
 

@@ -255,7 +255,11 @@ class TestDataOnTheDevices:
   [
     (
       {"steps_per_call": 0},
-      r"config\.steps_per_call = 0: must be at least 1",
+      r"config\.steps_per_call = 0: must be in 1\.\.1024: a call's batches",
+    ),
+    (
+      {"steps_per_call": 1025},
+      r"config\.steps_per_call = 1025: must be in 1\.\.1024: a call's batches",
     ),
     (
       {

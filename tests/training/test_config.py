@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from dpc_jax.data import pipeline, sources
-from dpc_jax.quant import grids
+from dpc_jax.quant import grids, integer
 from dpc_jax.training import build, sharding, summary
 from dpc_jax.training import config as config_lib
 from tests.training import tiny
@@ -360,10 +360,35 @@ class TestWorkdir:
     path.write_text(json.dumps(there))
     config_lib.claim_workdir(self.config(), tmp_path)
 
+  def test_of_an_older_program(self, tmp_path):
+    config_lib.claim_workdir(self.config(), tmp_path)
+    path = tmp_path / "config.json"
+    there = json.loads(path.read_text())
+    for name in ("remat", "steps_per_call"):
+      del there[name]
+    del there["data"]["on_device"]
+    for name in ("ranges", "backend", "input_gradient"):
+      del there["precision"][name]
+    path.write_text(json.dumps(there))
+    same = {"steps_per_call": 2, "data.on_device": True}
+    config_lib.claim_workdir(self.config(**same), tmp_path)
+    for name, value in (
+      ("remat", "norms"),
+      ("precision.backend", "int8"),
+      ("precision.input_gradient", "scaled"),
+    ):
+      message = self.refused(tmp_path, **{name: value})
+      assert f"{name}: there no such field, here {value!r}" in message
+
 
 def test_the_model_has_the_grids_of_the_config(digits):
   config = tiny.make_config(
-    **{"precision.kind": "symmetric", "precision.storage_bits": 8}
+    **{
+      "precision.kind": "symmetric",
+      "precision.storage_bits": 8,
+      "precision.backend": "bf16_codes",
+      "precision.input_gradient": "scaled",
+    }
   )
   quantization = build.build(config, digits).model.quantization
   assert quantization == grids.Quantization(
@@ -371,6 +396,22 @@ def test_the_model_has_the_grids_of_the_config(digits):
     activations=grids.Grid("symmetric", "tensor", "nearest"),
     gradients=grids.Grid("symmetric", "tensor", "stochastic"),
     storage_bits=8,
+    backend="bf16_codes",
+    input_gradient="scaled",
+  )
+
+
+def test_sums_that_cannot_be_exact_are_a_mistake(digits, monkeypatch):
+  # 9 products in a pixel fit; of the weights' gradient, 16 of an image do not.
+  short = integer.BACKENDS["int8"]._replace(largest=15 * 128 * 128)
+  monkeypatch.setitem(integer.BACKENDS, "int8", short)
+  config = tiny.make_config(
+    **{"precision.storage_bits": 8, "precision.backend": "int8"}
+  )
+  with pytest.raises(config_lib.ConfigError) as caught:
+    build.compile_programs(build.build(config, digits))
+  assert str(caught.value).startswith(
+    "config.precision.backend = 'int8': second: sums of 256 products of codes"
   )
 
 
