@@ -31,9 +31,9 @@ def get_config(argument: str = "dpc") -> ml_collections.ConfigDict:
   config.keep_checkpoints = 2  # the newest ones
   # With a validation split, the best one by it, too; the test set chooses none.
   config.keep_best = True
-  # Steps that one call of the devices takes at most, in a loop compiled into it:
-  # the same batches, widths and noise, rounded as on another mesh. For small
-  # models on accelerators: on a CPU convolutions in a loop are slower.
+  # Steps that one call of the devices takes at most, in a loop that is compiled
+  # into it: the same batches, widths and noise, rounded as on another mesh. For
+  # small models on accelerators: on a CPU convolutions in a loop are slower.
   config.steps_per_call = 1
   # A step whose loss or gradient is not finite is skipped; the run stops when,
   # at a log, a save or an evaluation, so many in a row lie behind it. None: it

@@ -80,6 +80,8 @@ def measure(config: Any, chosen: Settings) -> dict[str, Any]:
     ConfigError: of one of `chosen.ours`.
   """
   config = builds.without_data(config)
+  # Adaptive widths would move between the changes that are made from outside.
+  config.precision.adaptive.freeze = 1e-9
   configs = {FLOAT: config} | {
     f"ours, {text}": variant
     for text, variant in builds.variants(config, chosen.ours, "ours").items()
