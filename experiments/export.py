@@ -186,7 +186,9 @@ def _run(flags: argparse.Namespace, command: str) -> None:
   program = None
   if flags.stablehlo:
     print("lowering to StableHLO", flush=True)
-    program = export.stablehlo(packed)
+    # It keeps the precision of products that it was lowered with.
+    with build.matmul_precision(config):
+      program = export.stablehlo(packed)
   export.save(packed, flags.out, program and program.data)
   models = _models(flags, run, variables)
   print(f"evaluating the test set: run, {', '.join(models)}", flush=True)

@@ -22,7 +22,7 @@ _QUIET_S = 10
 FILES = {
   "manifest.json": "what there is, and checksums",
   "weights.bin": "codes, scales, all other numbers",
-  "model.stablehlo": "runs with JAX alone",
+  "model.stablehlo": "runs with JAX and flatbuffers alone",
   "report.json": "all figures",
   "report.md": "the same in words",
 }

@@ -69,7 +69,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
 
 def build(description: Mapping[str, Any]) -> nn.Module:
-  """The model of a description, for inference: no 8-bit storage.
+  """The model of a description, for inference: as `for_inference`.
 
   Raises:
     ValueError: a name, a size or a grid that this version does not know.
@@ -114,10 +114,11 @@ def grids_from_json(
 
 
 def for_inference(model: nn.Module) -> nn.Module:
-  """The same model with grids alone: without 8-bit storage, delayed ranges.
+  """The same model with grids alone: no 8-bit storage, no integer products.
 
-  A width of 32, which decoded weights have, does not fit 8-bit storage. Models
-  without an attribute `quantization` are returned as they are.
+  Delayed ranges, which are of training, are left out too. A width of 32,
+  which decoded weights have, does not fit 8-bit storage. Models without an
+  attribute `quantization` are returned as they are.
   """
   quantization = getattr(model, "quantization", None)
   if not isinstance(quantization, grids.Quantization):
@@ -137,6 +138,10 @@ def quantized_layers(
     model: quantized.
     variables: its own, arrays or shapes.
     inputs: what it is called with, arrays or shapes.
+
+  Raises:
+    ExportError: a layer that would compute in another dtype with a kernel of
+      float32, which decoded ones are.
   """
   found: dict[str, Layer] = {}
   wrapped: list[grids.Quantization] = []
@@ -182,6 +187,15 @@ def _layer(module, args, kwargs, wrapped) -> Layer | None:
   bias = nn.meta.unbox(module.get_variable("params", "bias"))
   inputs = args[0] if args else kwargs["inputs"]
   dtype = nn.dtypes.canonicalize_dtype(inputs, kernel, bias, dtype=module.dtype)
+  loaded = nn.dtypes.canonicalize_dtype(
+    inputs, kernel.astype(jnp.float32), bias, dtype=module.dtype
+  )
+  if loaded != dtype:
+    raise errors.ExportError(
+      f"layer {'/'.join(module.path)!r}: computes in {dtype} since its kernel"
+      f" is of {kernel.dtype}, and an export's are float32; set the layer's"
+      " dtype"
+    )
   axes = _channel_axes(module, kernel.ndim, args, kwargs)
   return Layer(quantization, kernel.shape, dtype, axes)
 

@@ -41,7 +41,8 @@ grid) have the shape of the kernel with 1 for every axis that is not in `axes`
 in float32. `quant_stats/PATH/lo` and `hi` are the running range that a layer's
 input is quantized over at `activations` bits (`rhs_lo`, `rhs_hi` those of the
 second operand of a product, at `weights` bits): the grid of
-`dpc_jax.quant.grids`.
+`dpc_jax.quant.grids`. Where `count` is 0 there is none yet, and each batch is
+quantized over its own.
 """
 
 import hashlib
@@ -53,10 +54,9 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from dpc_jax.export import errors, freezing, packing
+from dpc_jax.export import errors, freezing, packing, parsing
 from dpc_jax.quant import grids
 
 NAME = "dpc_jax packed model"
@@ -162,7 +162,7 @@ def read(
       name: _read_file(directory / name, found)
       for name, found in manifest["files"].items()
     }
-    return _parse(manifest, data[WEIGHTS]), manifest
+    return parsing.parse(manifest, data[WEIGHTS]), manifest
   except errors.ExportError:
     raise
   except (AttributeError, IndexError, KeyError, TypeError, ValueError):
@@ -275,9 +275,12 @@ def _read_manifest(directory: pathlib.Path) -> dict[str, Any]:
     if not directory.exists():
       what = "there is no such folder"
     raise errors.ExportError(f"{directory}: {what}; give that of an export")
+  data = _read_bytes(path)
   try:
-    found = json.loads(_read_bytes(path), parse_constant=_refuse)
-  except ValueError:
+    found = json.loads(data, parse_constant=_refuse)
+    # Also refuses 1e999, which is read as infinity.
+    checksum = _checksum(found) if isinstance(found, dict) else None
+  except (RecursionError, ValueError):
     found = None
   if not isinstance(found, dict):
     raise errors.ExportError(f"{path}: is damaged; {_AGAIN}")
@@ -291,14 +294,25 @@ def _read_manifest(directory: pathlib.Path) -> dict[str, Any]:
       f"{path}: is of version {version}, and this program reads up to"
       f" {VERSION}; use a newer dpc_jax"
     )
-  files = found.get("files")
   if (
-    found.get("checksum") != _checksum(found)
-    or not isinstance(files, dict)
-    or not {WEIGHTS} <= files.keys() <= {WEIGHTS, PROGRAM}
+    found.get("checksum") != checksum
+    or version != VERSION
+    or not _are_files(found.get("files"))
   ):
     raise errors.ExportError(f"{path}: is damaged; {_AGAIN}")
   return found
+
+
+def _are_files(files: Any) -> bool:
+  """Whether these are the files of an export, no others."""
+  return (
+    isinstance(files, dict)
+    and {WEIGHTS} <= files.keys() <= {WEIGHTS, PROGRAM}
+    and all(
+      isinstance(file, dict) and isinstance(file.get("bytes"), int)
+      for file in files.values()
+    )
+  )
 
 
 def _refuse(text: str) -> None:
@@ -314,7 +328,7 @@ def _read_file(path: pathlib.Path, found: Mapping[str, Any]) -> bytes:
       f"{path}: has {len(data):,} bytes in place of {found['bytes']:,};"
       f" {_AGAIN}"
     )
-  if hashlib.sha256(data).hexdigest() != found["sha256"]:
+  if hashlib.sha256(data).hexdigest() != found.get("sha256"):
     raise errors.ExportError(f"{path}: is damaged; {_AGAIN}")
   return data
 
@@ -326,68 +340,3 @@ def _read_bytes(path: pathlib.Path) -> bytes:
     raise errors.ExportError(
       f"{path}: cannot be read: {error.strerror}; see to it, and try again"
     ) from None
-
-
-def _parse(manifest: Mapping[str, Any], data: bytes) -> freezing.Packed:
-  layers = manifest["layers"]
-  for spec in manifest["inputs"]:
-    freezing.abstract_inputs([spec])
-  return freezing.Packed(
-    model=manifest["model"],
-    inputs=tuple(manifest["inputs"]),
-    bits={
-      path: grids.as_layer_bits(grids.LayerBits(**layer["bits"]))
-      for path, layer in layers.items()
-    },
-    grids={path: layer["grids"] for path, layer in layers.items()},
-    kernels={x["name"]: _parse_kernel(x, data) for x in manifest["kernels"]},
-    tensors={
-      x["name"]: _array(data, x["values"], x["shape"], x["dtype"])
-      for x in manifest["tensors"]
-    },
-    about=manifest["about"],
-  )
-
-
-def _parse_kernel(found: Mapping[str, Any], data: bytes) -> freezing.Kernel:
-  shape, axes = found["shape"], found["axes"]
-  stack = tuple(found["stack"])
-  if len(found["parts"]) != int(np.prod(stack)):
-    raise ValueError(f"{found['name']}: parts do not fit the stack")
-  if found["kind"] not in grids.KINDS:
-    raise ValueError(f"{found['name']}: no kind {found['kind']!r}")
-  reduced = [n if i in axes else 1 for i, n in enumerate(shape)]
-  parts = []
-  for part in found["parts"]:
-    if part["width"] == grids.FLOAT_WIDTH:
-      values = _array(data, part["values"], shape, "float32")
-      parts.append(freezing.Part(grids.FLOAT_WIDTH, values, None, None))
-      continue
-    codes = packing.unpack(
-      _section(data, part["codes"]), part["width"], int(np.prod(shape))
-    )
-    scale, offset = (
-      None
-      if part[name] is None
-      else _array(data, part[name], reduced, "float32")
-      for name in ("scale", "offset")
-    )
-    parts.append(
-      freezing.Part(part["width"], codes.reshape(shape), scale, offset)
-    )
-  return freezing.Kernel(found["kind"], stack, tuple(axes), tuple(parts))
-
-
-def _section(data: bytes, section: list[int]) -> bytes:
-  start, size = section
-  if not 0 <= start <= start + size <= len(data):
-    raise ValueError(f"{section}: outside of {WEIGHTS}")
-  return data[start : start + size]
-
-
-def _array(data, section, shape, name) -> np.ndarray:
-  if name not in freezing.DTYPES:
-    raise ValueError(f"dtype {name!r} is unknown")
-  dtype = jnp.dtype(name)
-  flat = np.frombuffer(_section(data, section), dtype.newbyteorder("<"))
-  return flat.astype(dtype).reshape(shape)

@@ -11,6 +11,7 @@ with the codes, scales and offsets of `quant.grids.encode`. A layer at width
 """
 
 import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -118,9 +119,9 @@ def freeze(
     The frozen model.
 
   Raises:
-    ExportError: no quantized layer; a layer that is not called, or of a kind
-      that is not known; weights that are not finite; a variable of a type that
-      the format does not have; no input.
+    ExportError: no quantized layer, no input; a layer that is not called, of
+      an unknown kind or dtype, or stacked along another axis than the first;
+      weights that are not finite; what the format cannot hold.
   """
   variables = flax.core.unfreeze(nn.meta.unbox(dict(variables)))
   if "precision" not in variables:
@@ -151,8 +152,18 @@ def freeze(
     },
     kernels=kernels,
     tensors={name: _kept(name, leaf) for name, leaf in flat.items()},
-    about=dict(about or {}),
+    about=_checked_about(about),
   )
+
+
+def _checked_about(about) -> dict[str, Any]:
+  try:
+    json.dumps(dict(about or {}), allow_nan=False)
+  except (TypeError, ValueError) as error:
+    raise errors.ExportError(
+      f"about: a JSON file cannot hold it: {error}"
+    ) from None
+  return dict(about or {})
 
 
 def _bits(variables, layers) -> dict[str, grids.LayerBits]:
@@ -252,6 +263,12 @@ def _encode(kernel, width, *, grid, axes, dtype):
 
 def _freeze_kernel(path, layer, widths, leaf) -> Kernel:
   stack = np.shape(widths.weights)
+  if np.shape(leaf) != (*stack, *layer.shape):
+    raise errors.ExportError(
+      f"layer {path!r}: its kernel of shape {np.shape(leaf)} is not stacked"
+      f" along its first axis, as its widths of shape {stack} are; give its"
+      " scan variable_axes={'params': 0, ...}"
+    )
   grid = layer.quantization.weights
   rows = jnp.asarray(leaf).reshape(math.prod(stack), *layer.shape)
   parts = [

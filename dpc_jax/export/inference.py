@@ -11,6 +11,16 @@ import jax
 
 from dpc_jax.export import description, errors, format, freezing
 
+# What a model raises on sizes or inputs that are not its own.
+_MISFITS = (
+  ArithmeticError,
+  AttributeError,
+  LookupError,
+  TypeError,
+  ValueError,
+  flax.errors.FlaxError,
+)
+
 
 class Inference:
   """A function of inputs, compiled at its first call for a shape.
@@ -62,7 +72,10 @@ def load(
 
   Returns:
     The function. It gives what the frozen model did in evaluation; where both
-    are compiled for one device and shape, mostly bit for bit.
+    are compiled for one device and shape, mostly bit for bit, unless that model
+    had an integer `backend`: products here are simulated, and sums of floats
+    differ in the last bits. No export holds `jax.default_matmul_precision`:
+    set what the model was evaluated with.
 
   Raises:
     ExportError: what `format.read` refuses; an export of another model without
@@ -124,9 +137,10 @@ def _build(found: Mapping[str, Any] | None) -> nn.Module:
     )
   try:
     return description.build(found)
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
+  except _MISFITS as error:
     raise errors.ExportError(
-      f"its model cannot be built ({error}); use the dpc_jax that wrote it"
+      f"its model cannot be built ({_in_one_line(error)}); use the dpc_jax that"
+      " wrote it"
     ) from None
 
 
@@ -135,9 +149,10 @@ def _check(model, variables, packed) -> None:
   inputs = freezing.abstract_inputs(packed.inputs)
   try:
     wanted = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-  except (TypeError, ValueError) as error:
+  except _MISFITS as error:
     raise errors.ExportError(
-      f"model: cannot be called with inputs of {_shapes(inputs)}: {error}"
+      f"model: cannot be called with inputs of {_shapes(inputs)}:"
+      f" {_in_one_line(error)}"
     ) from None
   wanted = flax.traverse_util.flatten_dict(
     flax.core.unfreeze(nn.meta.unbox(dict(wanted))), sep="/"
@@ -168,6 +183,10 @@ def _check(model, variables, packed) -> None:
 
 def _is_read(name) -> bool:
   return name.split("/")[0] not in ("intermediates", "quant_probe")
+
+
+def _in_one_line(error) -> str:
+  return " ".join(str(error).split())
 
 
 def _shapes(inputs) -> str:

@@ -209,6 +209,8 @@ def _by_cosine(variables, b_min, b_max, tau, grid) -> dict[str, Any]:
   bounds.check_thresholds(tau, tau)
   low = grids.MIN_WIDTH if b_min is None else b_min
   high = grids.MAX_WIDTH if b_max is None else b_max
+  if low > high:
+    raise ValueError(f"b_min={low} is above b_max={high}; swap or equal them")
   cosine = bounds.cosine_similarities(
     variables, widths=range(low, high + 1), grid=grid
   )

@@ -79,6 +79,8 @@ def stablehlo(
     lowered = lower("batch" if batch is None else str(batch))
   except (TypeError, ValueError, jax.errors.InconclusiveDimensionOperation):
     # What JAX raises where Python code branches on a size that is not known.
+    if batch is not None:
+      raise
     batch = packed.inputs[0]["shape"][0]
     lowered = lower(str(batch))
   try:

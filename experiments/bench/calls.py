@@ -114,10 +114,12 @@ def time_steps(
     batch = jax.block_until_ready(batches.take(size))
     begin = time.perf_counter()
     for _ in range(steps // size):
-      if fed:
-        batch = batches.take(size)
       state, metrics = calls_lib.run(variant.programs, state, batch, size)
       pending.append(metrics)
+      # The next call's batches while this one runs: of a few long calls, one
+      # that nothing overlaps would look like a wait.
+      if fed:
+        batch = batches.take(size)
       # As a run does: it is no more than so many calls ahead.
       if len(pending) > ahead:
         jax.block_until_ready(pending.pop(0))

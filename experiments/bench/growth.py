@@ -124,6 +124,8 @@ def measure(
     )
     for point in dict.fromkeys(points)
   }
+  least = min(built, key=lambda point: point.depth * point.batch)
+  turns.warm_up(built[least][FLOAT])
   measured = []
   for point, parts in built.items():
     print(f"ResNet-{point.depth}, batch {point.batch}", flush=True)

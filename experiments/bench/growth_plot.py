@@ -12,7 +12,7 @@ from experiments.bench import growth_fit
 _ROWS = {"milliseconds": "step, ms", "temporary_mib": "temporaries, MiB"}
 _COLUMNS = {
   growth_fit.BATCH: "batch",
-  growth_fit.DEPTH: "forward multiply-accumulates of an image",
+  growth_fit.DEPTH: "layers, at the multiply-accumulates of an image",
 }
 
 
@@ -65,9 +65,11 @@ def _draw_panel(axis, line, along, field, fits) -> None:
     offset = np.mean(np.log(y)) - exponent * np.mean(np.log(x))
     axis.plot(x, np.exp(offset) * x**exponent, color=look["color"], lw=1)
     axis.annotate(
-      f"{label}: exponent {exponent:.2f}",
-      (0.04, 0.93 - 0.085 * i),
+      f"exponent {exponent:.2f}",
+      # Below the lines, which rise.
+      (0.97, 0.04 + 0.085 * (len(names) - 1 - i)),
       xycoords="axes fraction",
+      ha="right",
       color=look["color"],
       fontsize=9,
     )
@@ -78,4 +80,4 @@ def _draw_panel(axis, line, along, field, fits) -> None:
 def _size(point, along) -> str:
   if along == growth_fit.BATCH:
     return f"{point['batch']}"
-  return f"{point['macs'] / 1e6:.0f} M\n(ResNet-{point['depth']})"
+  return f"{point['depth']}\n{point['macs'] / 1e6:.0f} M"

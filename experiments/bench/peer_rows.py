@@ -91,6 +91,7 @@ def measure(config: Any, chosen: Settings) -> dict[str, Any]:
   }
   base = own.pop(FLOAT)
   rows = {FLOAT: base} | _others(base.parts, chosen.tools) | own
+  turns.warm_up(base.parts)
   compiled = {}
   for label, row in rows.items():
     if row.cannot is not None:

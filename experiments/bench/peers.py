@@ -219,17 +219,11 @@ def main(argv: Sequence[str] | None = None) -> int:
       name: recipe(name, given.batch_size, given.smoke)
       for name in given.models.split(",")
     }
-    given.workdir.mkdir(parents=True, exist_ok=True)
+    _make(given.workdir)
     with turns.no_cache():
       results = measure(configs, chosen)
   except checks.ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
-    return 2
-  except OSError as error:
-    print(
-      f"error: --workdir={given.workdir}: {error.strerror}; use another",
-      file=sys.stderr,
-    )
     return 2
   command = ["python", "-m", "experiments.bench.peers", *argv]
   results["command"] = shlex.join(command)
@@ -243,6 +237,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   print(f"\n{width_table(results['widths'])}\n")
   print(f"written: {path}, {path.stem}.png, {path.stem}.svg")
   return 0
+
+
+def _make(workdir) -> None:
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise checks.ConfigError(
+      f"--workdir={workdir}: {error.strerror}; use another"
+    ) from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -95,6 +95,7 @@ def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
   built = builds.build_all(variants(builds.without_data(config)))
   compiled = {}
   with turns.no_cache():
+    turns.warm_up(next(iter(built.values())))
     for label, parts in built.items():
       print(f"compiling {label}", flush=True)
       compiled[label] = compile_variant(parts)

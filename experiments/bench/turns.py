@@ -67,6 +67,16 @@ def compile_step(parts: build.Parts) -> Variant:
   )
 
 
+def warm_up(parts: build.Parts) -> None:
+  """Compiles a train step and forgets it.
+
+  The first one of a process takes seconds more, for what JAX loads once: they
+  would count for the row that happens to come first, which is float's.
+  """
+  compile_step(parts)
+  jax.clear_caches()
+
+
 def first_batch(parts: build.Parts) -> Any:
   """The first batch of a run, on its devices."""
   batches = parts.feed.train(0, 1)

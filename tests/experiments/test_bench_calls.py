@@ -44,14 +44,16 @@ def test_wait_is_what_the_fed_step_takes_longer():
 
 def test_every_call_gets_the_next_batches(monkeypatch):
   """Fed, that is; else all get the first."""
-  seen = []
+  seen, taken = [], []
 
   class Batches:
     def __init__(self, parts, start):
       self.step = start
 
     def take(self, count):
+      assert len(seen) == len(taken)
       self.step += count
+      taken.append(self.step)
       return self.step
 
     def close(self):
@@ -65,8 +67,10 @@ def test_every_call_gets_the_next_batches(monkeypatch):
   monkeypatch.setattr(calls.calls_lib, "run", run)
   variant = calls.Variant(None, None, 2)
   calls.time_steps(variant, 0.0, 6, fed=True, start=10)
-  assert seen == [14, 16, 18]
+  # All but the first are taken while a call runs.
+  assert seen == [12, 14, 16] and taken == [12, 14, 16, 18]
   seen.clear()
+  taken.clear()
   calls.time_steps(variant, 0.0, 6, fed=False)
   assert seen == [2, 2, 2]
 

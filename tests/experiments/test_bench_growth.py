@@ -34,11 +34,13 @@ def test_points_are_two_lines_that_cross():
 
 
 @pytest.fixture(scope="module")
-def results():
-  """Temporaries that grow as batch * MACs^2, time as their square root.
+def measured():
+  """(measurements, what was compiled in order); nothing is, in truth.
 
-  Nothing is built, compiled or timed: that takes long, and other tests do.
+  That takes long, and other tests do it. Temporaries grow as batch * MACs^2,
+  time as their square root.
   """
+  order = []
 
   def build_one(config):
     depth = int(config.model.name.removeprefix("resnet"))
@@ -49,10 +51,12 @@ def results():
 
   def compile_step(parts):
     batch = parts.config.batch_size
+    method = parts.config.precision.method
+    order.append((parts.config.model.name, batch, method))
     if batch > 32:
       raise MemoryError(f"no room for {batch}")
     size = 2**20 * batch * parts.costs["a"].layers ** 2
-    size *= 2 if parts.config.precision.method == "float" else 1
+    size *= 2 if method == "float" else 1
     return turns.Variant(None, None, 1.5, 3 * size, size)
 
   def time_in_turns(compiled, batch, rounds, steps):
@@ -67,7 +71,17 @@ def results():
     patch.setattr(turns, "first_batch", lambda parts: None)
     patch.setattr(turns, "time_in_turns", time_in_turns)
     points = growth.sizes(make_config(), [16, 64], [14])
-    return growth.measure(make_config(), points, ["dpc"], 2, 1)
+    return growth.measure(make_config(), points, ["dpc"], 2, 1), order
+
+
+@pytest.fixture(scope="module")
+def results(measured):
+  return measured[0]
+
+
+def test_the_first_that_is_compiled_is_not_counted(measured):
+  smallest = ("resnet8", 8, "float")
+  assert measured[1][:3] == [smallest, smallest, ("resnet8", 8, "dpc")]
 
 
 def test_each_size_is_measured_or_left_out(results):

@@ -1,6 +1,7 @@
 """The command packs a run, and reports what was read back from the disk."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -93,6 +94,24 @@ def test_a_run_is_packed_as_it_is_evaluated(runs, command, tmp_path):
   ):
     assert part.lower() in text.lower()
   assert "checkpoint of step 6 of 6" in out and "exported" in out
+
+
+def test_a_program_has_the_precision_of_the_run(
+  runs, command, tmp_path, monkeypatch
+):
+  copy = shutil.copytree(runs / "cpt", tmp_path / "copy")
+  config = json.loads((copy / "config.json").read_text())
+  assert config["matmul_precision"] is None
+  config["matmul_precision"] = "highest"
+  (copy / "config.json").write_text(json.dumps(config))
+
+  def lower(packed):
+    precision = jax.config.jax_default_matmul_precision
+    raise export.ExportError(f"lowered with {precision}")
+
+  monkeypatch.setattr(export, "stablehlo", lower)
+  code, _, err = command(copy, "--stablehlo")
+  assert (code, err) == (2, "error: lowered with highest\n")
 
 
 def test_a_float_run_is_quantized_with_what_that_costs(runs, command, tmp_path):

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import flax
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -142,6 +143,14 @@ def truncate(name):
   )
 
 
+def kernel(**fields):
+  return edit(lambda found: found["kernels"][0].update(fields))
+
+
+def part(**fields):
+  return edit(lambda found: found["kernels"][0]["parts"][0].update(fields))
+
+
 def widths(found):
   found["layers"]["first"]["bits"]["weights"] = 99
 
@@ -156,7 +165,32 @@ DAMAGE = {
   "no text": (write("manifest.json", b"\xff{}"), "manifest.json: is damaged"),
   "no object": (write("manifest.json", b"[1]"), "manifest.json: is damaged"),
   "NaN": (write("manifest.json", b'{"a": NaN}'), "manifest.json: is damaged"),
+  "infinity": (
+    write(
+      "manifest.json",
+      b'{"format": "dpc_jax packed model", "version": 1, "a": 1e999}',
+    ),
+    "manifest.json: is damaged",
+  ),
+  "depth": (write("manifest.json", b"[" * 10**6), "manifest.json: is damaged"),
   "other": (write("manifest.json", b"{}"), "manifest.json: is of another form"),
+  "no version": (
+    edit(lambda found: found.update(version=0)),
+    "manifest.json: is damaged",
+  ),
+  "no scale": (part(scale=None), "manifest.json: does not follow the format"),
+  "an offset": (
+    part(offset=[0, 4 * 4]),
+    "manifest.json: does not follow the format",
+  ),
+  "a stack": (
+    kernel(stack=[0], parts=[]),
+    "manifest.json: does not follow the format",
+  ),
+  "a name": (
+    edit(lambda found: found["tensors"][0].update(name=5)),
+    "manifest.json: does not follow the format",
+  ),
   "newer": (
     edit(lambda found: found.update(version=2, layers="other"), False),
     "is of version 2, and this program reads up to 1; use a newer dpc_jax",
@@ -232,6 +266,39 @@ def test_a_program_is_read_if_there_is_one(frozen, tmp_path):
   export.save(frozen[1], tmp_path / "out")
   with pytest.raises(export.ExportError, match=r"has no model\.stablehlo; exp"):
     export.read_program(tmp_path / "out")
+
+
+def test_a_program_is_no_other_than_the_manifest_says(copy):
+  edit(lambda found: found["files"].update({"model.stablehlo": {}}))(copy)
+  with pytest.raises(export.ExportError, match=r"manifest\.json: is damaged"):
+    export.read_program(copy)
+
+
+def test_what_cannot_be_read_is_not_called_damaged(copy, monkeypatch):
+  def denied(path):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(format_lib.pathlib.Path, "read_bytes", denied)
+  with pytest.raises(
+    export.ExportError, match=r"manifest\.json: cannot be read: Permission den"
+  ):
+    export.load(copy)
+
+
+def test_a_model_that_takes_no_such_inputs_is_told_in_one_line(frozen):
+  class Other(nn.Module):
+    error: type[Exception] = ValueError
+
+    @nn.compact
+    def __call__(self, x):
+      raise self.error("of two\n lines")
+
+  for error in (ValueError, IndexError):
+    with pytest.raises(
+      export.ExportError,
+      match=r"model: cannot be called with inputs of .* of two lines",
+    ):
+      export.restore(frozen[1], Other(error))
 
 
 def test_variables_are_not_changed(frozen):

@@ -219,6 +219,42 @@ def test_what_cannot_be_frozen_is_named():
   stray = {**variables["precision"], "stray": variables["precision"]["first"]}
   stray = {**variables, "precision": stray}
   refused("'stray': has widths, but", stray, small.IMAGES)
+  with pytest.raises(
+    export.ExportError, match="about: a JSON file cannot hold"
+  ):
+    export.freeze(model, variables, small.IMAGES, about={"loss": np.nan})
+
+
+class Stacked(nn.Module):
+  """Three layers along the second axis of their kernels."""
+
+  @nn.compact
+  def __call__(self, x):
+    layers = nn.scan(
+      lambda layer, x, _: (layer(x), None),
+      variable_axes={"params": 1, "precision": 0, "quant_stats": 0},
+      split_rngs={"params": True, "quant": True},
+      length=3,
+    )
+    return layers(dpc.QuantDense(4, name="layer"), x, None)[0]
+
+
+def test_a_stack_along_another_axis_is_refused():
+  inputs = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+  variables = small.made_up(Stacked(), inputs)
+  assert variables["params"]["layer"]["kernel"].shape == (4, 3, 4)
+  with pytest.raises(export.ExportError, match="'layer': its kernel of shape"):
+    export.freeze(Stacked(), variables, inputs)
+
+
+def test_a_kernel_that_sets_the_layers_dtype_is_refused():
+  inputs = jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)
+  half = {"param_dtype": jnp.bfloat16}
+  model = dpc.QuantDense(3, **half)
+  with pytest.raises(export.ExportError, match="'': computes in bfloat16"):
+    export.freeze(model, small.made_up(model, inputs), inputs)
+  model = dpc.QuantDense(3, dtype=jnp.bfloat16, **half)
+  export.freeze(model, small.made_up(model, inputs), inputs)
 
 
 def test_a_model_is_described_by_what_differs_from_its_name():

@@ -130,6 +130,10 @@ def test_what_is_wrong_is_named(model, trained):
     lambda: quantize(batches(1), "cosine", tau=0.9999, b_max=3),
   )
   refused(
+    "b_min=5 is above b_max=4; swap",
+    lambda: quantize(batches(1), "cosine", b_min=5, b_max=4),
+  )
+  refused(
     "'first': the range of its input is not finite",
     lambda: quantize([jnp.full((1, 8, 8, 1), jnp.nan)], 8),
     own,

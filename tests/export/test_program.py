@@ -79,6 +79,22 @@ def test_a_batch_that_must_be_known_is_kept():
     )
 
 
+def test_a_batch_that_is_asked_for_is_not_another():
+  packed, _ = own()
+  with pytest.raises(ValueError, match="four rows"):
+    export.stablehlo(packed, Fussy(), ("cpu",), 2)
+
+
+class Fussy(nn.Module):
+  """Takes one row, and four."""
+
+  @nn.compact
+  def __call__(self, x):
+    if x.shape[0] not in (1, 4):
+      raise ValueError("use four rows")
+    return dpc.QuantDense(2, name="layer")(x)
+
+
 class Branches(nn.Module):
   """Python code that asks how large the batch is."""
 
