@@ -82,6 +82,7 @@ def measure(config: Any, chosen: Settings) -> dict[str, Any]:
   config = builds.without_data(config)
   # Adaptive widths would move between the changes that are made from outside.
   config.precision.adaptive.freeze = 1e-9
+  config.precision.b_min = min(_OWN_WIDTHS)
   configs = {FLOAT: config} | {
     f"ours, {text}": variant
     for text, variant in builds.variants(config, chosen.ours, "ours").items()
