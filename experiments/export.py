@@ -178,6 +178,7 @@ def _run(flags: argparse.Namespace, command: str) -> None:
     "step": run.step,
     "bits": flags.bits or "of the run",
     "fold_batch_norm": flags.fold_batch_norm,
+    "preprocessing": exporting.preprocessing(run.parts.data),
   }
   print("packing", flush=True)
   packed = export.freeze(

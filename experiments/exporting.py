@@ -224,6 +224,17 @@ def result(
   }
 
 
+def preprocessing(data: Any) -> dict[str, Any] | None:
+  """What a user of the export has to do to images; None of text."""
+  if not hasattr(data, "mean"):
+    return None
+  return {
+    "formula": "(pixel / 255 - mean) / std",
+    "mean": list(data.mean),
+    "std": list(data.std),
+  }
+
+
 def _layers(packed, order) -> dict[str, Any]:
   """{layer: what it takes}, in the network's order, stacked ones one by one."""
   bits = freezing.flat_bits(packed)

@@ -108,10 +108,11 @@ def quantize_trained(
     All collections, for `freeze`.
 
   Raises:
-    ExportError: no batch; a model without quantized layers; ranges that are
-      not finite.
+    ExportError: no batch, or an array in place of a list; a model without
+      quantized layers; ranges that are not finite.
     ValueError: as `choose_bits` and `dpc.assign_bits`.
   """
+  _check_batches(batches)
   batches = iter(batches)
   first = next(batches, None)
   if first is None:
@@ -143,6 +144,14 @@ def quantize_trained(
   return calibrate(model, variables, again())
 
 
+def _check_batches(batches) -> None:
+  """An array would be taken apart, each of its rows for a batch."""
+  if hasattr(batches, "shape"):
+    raise errors.ExportError(
+      f"batches: one array of shape {batches.shape}; give a list, [array]"
+    )
+
+
 def calibrate(
   model: nn.Module, variables: Mapping[str, Any], batches: Iterable[Any]
 ) -> dict[str, Any]:
@@ -158,7 +167,8 @@ def calibrate(
     batches: as of `quantize_trained`.
 
   Raises:
-    ExportError: no batch, or a range that is not finite, named.
+    ExportError: no batch, an array in place of a list, or a range that is
+      not finite, named.
   """
   model = description.for_inference(model)
 
@@ -167,6 +177,7 @@ def calibrate(
     _, updates = model.apply(variables, *inputs, mutable=["quant_stats"])
     return updates["quant_stats"]
 
+  _check_batches(batches)
   variables = dict(variables)
   ranges = jax.tree.map(jnp.zeros_like, variables["quant_stats"])
   count = 0

@@ -11,7 +11,7 @@ _PANELS = {
   "ratio": ("step / float", True),
   "compile_ratio": ("compile / float", False),
   "temporary_ratio": ("temporaries / float", False),
-  "seconds": ("s for the changes of widths", True),
+  "seconds": ("seconds for changes", True),
 }
 
 

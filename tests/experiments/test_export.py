@@ -127,7 +127,11 @@ def test_a_float_run_is_quantized_with_what_that_costs(runs, command, tmp_path):
   assert rows["exported"]["flips"] == rows["before packing"]["flips"]
   assert result["layers"]["first"]["bits"] == [2, 8, 8]
   loaded = export.load(tmp_path / "out")
-  assert loaded.manifest["about"]["bits"] == "static2"
+  about = loaded.manifest["about"]
+  assert about["bits"] == "static2"
+  # Digits: one channel, whose mean and deviation the data have.
+  assert 0.2 < about["preprocessing"]["mean"][0] < 0.4
+  assert len(about["preprocessing"]["std"]) == 1
   assert "workdir" not in json.dumps(loaded.manifest)
   count = loaded.variables["quant_stats"]["first"]["count"]
   assert int(count) == result["calibration_batches"] == 3

@@ -120,6 +120,10 @@ def test_what_is_wrong_is_named(model, trained):
 
   own = export.ExportError
   refused("batches: none", lambda: quantize([]), own)
+  (batch,) = batches(1)
+  refused(
+    r"batches: one array of shape .*\[array\]", lambda: quantize(batch), own
+  )
   refused(
     "choice = 'kl': use one of dpc, c", lambda: quantize(batches(1), "kl")
   )
