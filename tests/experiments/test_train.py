@@ -219,7 +219,7 @@ def test_ctrl_c_in_the_middle(without_tensorflow, tmp_path):
   timer.start()
   for line in process.stdout:
     # Again, for a callback of C, in which Python raises nothing, drops it.
-    if re.search(r"step (1|[0-9,]*000)/", line):
+    if re.search(r"step (1|[0-9,]*00)/", line):
       process.send_signal(signal.SIGINT)
   _, err = process.communicate()
   timer.cancel()
