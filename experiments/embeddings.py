@@ -17,9 +17,7 @@ others: under srun or mpirun each would do all of it, and write the same files.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,10 +33,8 @@ from dpc_jax.analysis import (
   separation,
   variance,
 )
-from dpc_jax.data import prepared
-from dpc_jax.training import compile_cache
 from dpc_jax.training import config as config_lib
-from experiments import arguments, features, finished, mistakes, reporting
+from experiments import arguments, features, finished, reporting
 
 # What a figure calls a method.
 _NAMES = {
@@ -68,18 +64,7 @@ class _Seen(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Draws the figure and writes the numbers; returns the exit code."""
-  flags = _parser().parse_args(argv)
-  words = sys.argv[1:] if argv is None else argv
-  compile_cache.switch_on(os.environ)
-  try:
-    command = " ".join(
-      ["python -m experiments.embeddings", *map(shlex.quote, words)]
-    )
-    _run(flags, command)
-  except (config_lib.ConfigError, prepared.DataError) as error:
-    print(f"error: {mistakes.one_line(error)}", file=sys.stderr)
-    return 2
-  return 0
+  return arguments.run(_parser(), _run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,7 +21,6 @@ import argparse
 import json
 import pathlib
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -31,14 +30,13 @@ import ml_collections
 
 from configs import default
 from dpc_jax import export
-from dpc_jax.data import prepared
 from dpc_jax.export import description, post_training
 from dpc_jax.export import format as format_lib
 from dpc_jax.policy import bounds
 from dpc_jax.quant import precision
 from dpc_jax.training import build
 from dpc_jax.training import config as config_lib
-from experiments import arguments, exporting, finished, mistakes, saved
+from experiments import arguments, exporting, finished, saved
 
 # Batches of training data that ranges are taken from.
 _CALIBRATION = 10
@@ -72,19 +70,7 @@ class _Run(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Packs a run and writes the report; returns the exit code."""
-  flags = _parser().parse_args(argv)
-  words = sys.argv[1:] if argv is None else argv
-  command = " ".join(["python -m experiments.export", *map(shlex.quote, words)])
-  try:
-    _run(flags, command)
-  except (
-    config_lib.ConfigError,
-    prepared.DataError,
-    export.ExportError,
-  ) as error:
-    print(f"error: {mistakes.one_line(error)}", file=sys.stderr)
-    return 2
-  return 0
+  return arguments.run(_parser(), _run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:

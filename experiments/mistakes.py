@@ -12,20 +12,20 @@ from ml_collections import config_flags
 
 from configs import default
 
-# A recipe is a person's program: what it may raise.
-RECIPE_ERRORS = (
+# What code that is not ours may raise.
+FOREIGN_ERRORS = (
   ArithmeticError,
   AssertionError,
   AttributeError,
   ImportError,
   LookupError,
   NameError,
-  OSError,
   RuntimeError,
-  SyntaxError,
   TypeError,
   ValueError,
 )
+# A recipe is a person's program, and a file.
+RECIPE_ERRORS = (*FOREIGN_ERRORS, OSError, SyntaxError)
 # What absl and Python say of a value of the wrong type, and what to say.
 _TYPES = {
   "invalid literal for int": "must be an integer",

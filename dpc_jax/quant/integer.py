@@ -138,15 +138,8 @@ def weight_gradient(
   Raises:
     ValueError: several scales; sums that cannot be exact.
   """
-  run = _runner(
-    product,
-    backend,
-    (x.codes.shape, w_shape),
-    1,
-    ((product.x_shared, product.w_shared), ((), product.w_free)),
-  )
-  x, g = (_one_scale(product.name, codes) for codes in (x, g))
-  return _multiply(run, x, g)
+  shapes = x.codes.shape, w_shape
+  return _transposed(product, backend, shapes, 1, ((), product.w_free), x, g)
 
 
 def input_gradient(
@@ -161,15 +154,18 @@ def input_gradient(
   Raises:
     ValueError: several scales; sums that cannot be exact.
   """
-  run = _runner(
-    product,
-    backend,
-    (x_shape, w.codes.shape),
-    0,
-    ((product.x_shared, product.w_shared), (product.x_free, ())),
-  )
-  w, g = (_one_scale(product.name, codes) for codes in (w, g))
-  return _multiply(run, w, g)
+  shapes = x_shape, w.codes.shape
+  return _transposed(product, backend, shapes, 0, (product.x_free, ()), w, g)
+
+
+def _transposed(product, backend, shapes, into, shrink, operand, g):
+  """The gradient of P by x (`into` 0) or w (1), of the other operand and g.
+
+  `shrink` has the axes of x and of w that have length 1 where g is ones.
+  """
+  shrinks = ((product.x_shared, product.w_shared), shrink)
+  run = _runner(product, backend, shapes, into, shrinks)
+  return _multiply(run, *(_one_scale(product.name, q) for q in (operand, g)))
 
 
 def _runner(product, backend, shapes, into, shrinks):

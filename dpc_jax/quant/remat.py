@@ -74,6 +74,7 @@ def norms(storage_bits: int | None = None) -> Iterator[None]:
            grid over the range of each feature (the last axis): an
            approximation, our decision. The statistics and normalized values of
            the backward pass are off by up to half a step, (hi - lo) / 510.
+           Devices that share the rows of a batch join the ranges in each layer.
 
   Args:
     storage_bits: None or 8.

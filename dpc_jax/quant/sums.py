@@ -5,9 +5,9 @@ K * a * b is no more than the accumulator holds: 2^31 - 1 in int32, 2^24 in
 float32. A longer one is split along a contracted axis into the fewest equal
 parts that fit, which are added in float32. What cannot be split is refused.
 
-A convolution with a window larger than its output is a weight gradient: it is
-computed as one dot product per place of the output, which all kinds of device
-can do with integers.
+A convolution with a window larger than its output, as every weight gradient is,
+is computed as one dot product per place of the output, which all kinds of
+device can do with integers.
 """
 
 import functools

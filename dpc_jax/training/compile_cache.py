@@ -44,7 +44,8 @@ def switch_on(environment: Mapping[str, str]) -> pathlib.Path | None:
     return None
   try:
     folder = default_folder(environment)
-    # Programs of one user are run by that user: nobody else may put one there.
+    # Programs of one user are run by that user: where the folder is made here,
+    # nobody else may put one there.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
   except (OSError, RuntimeError):
     return None

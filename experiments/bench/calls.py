@@ -17,8 +17,6 @@ batch by itself, until it is on the device.
 """
 
 import copy
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -249,13 +247,7 @@ def main() -> None:
     raise checks.ConfigError("--sizes=: is empty; use numbers, as 1,8,32")
   workdir = cli.make_workdir()
   results = measure(cli.FLAGS.config, sizes, cli.FLAGS.rounds, cli.FLAGS.steps)
-  results["command"] = " ".join(
-    ["python -m experiments.bench.calls", *map(shlex.quote, sys.argv[1:])]
-  )
-  results["wall_seconds"] = time.perf_counter() - start
-  name = f"calls_{results['model']}_{turns.slug(results['device'])}.json"
-  path = workdir / name
-  path.write_text(json.dumps(results, indent=2) + "\n")
+  path = turns.write(results, workdir, "calls", sys.argv[1:], start)
   print(
     f"\n{results['model']} {results['method']}, {results['dataset']}, batch"
     f" {results['batch_size']}, {results['device']}\n"

@@ -13,10 +13,8 @@ does not fit into memory is left out, with a line that says so.
 """
 
 import copy
-import json
 import os
 import re
-import shlex
 import statistics
 import sys
 import time
@@ -267,13 +265,7 @@ def main() -> None:
     results = measure(
       config, points, variants, given["rounds"].value, given["steps"].value
     )
-  results["command"] = " ".join(
-    ["python -m experiments.bench.growth", *map(shlex.quote, sys.argv[1:])]
-  )
-  results["wall_seconds"] = time.perf_counter() - start
-  name = f"growth_{results['model']}_{turns.slug(results['device'])}"
-  path = workdir / f"{name}.json"
-  path.write_text(json.dumps(results, indent=2) + "\n")
+  path = turns.write(results, workdir, "growth", sys.argv[1:], start)
   growth_plot.draw(results, path.with_suffix(".png"))
   print(f"\n{results['device']}\n\n{point_table(results['points'])}\n")
   print(fit_table(results["fits"]))
@@ -283,7 +275,7 @@ def main() -> None:
         f"left out: ResNet-{point['depth']}, batch {point['batch']}:"
         f" {point['skipped']}"
       )
-  print(f"written: {path}, {name}.png, {name}.svg")
+  print(f"written: {path}, {path.stem}.png, {path.stem}.svg")
 
 
 if __name__ == "__main__":

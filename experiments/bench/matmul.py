@@ -14,9 +14,7 @@ multiply-accumulate, three products in forward and backward.
 
 import argparse
 import functools
-import json
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -261,11 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   chosen = products(given.batch_size, given.tokens, given.width)
   with turns.no_cache():
     results = measure(chosen, given.rounds, given.steps)
-  command = ["python", "-m", "experiments.bench.matmul", *argv]
-  results["command"] = shlex.join(command)
-  results["wall_seconds"] = time.perf_counter() - start
-  path = given.workdir / f"matmul_{turns.slug(results['device'])}.json"
-  path.write_text(json.dumps(results, indent=2) + "\n")
+  path = turns.write(results, given.workdir, "matmul", argv, start)
   print(f"\n{results['device']}: ms (10^9 operations a second)\n")
   print(table(results))
   print(f"written: {path}")

@@ -14,20 +14,10 @@ import jax
 from flax import errors
 
 from dpc_jax.quant import grids, precision, wrap
+from experiments import mistakes
 
 # What a library may raise that cannot do what it is asked.
-ERRORS = (
-  ArithmeticError,
-  AssertionError,
-  AttributeError,
-  ImportError,
-  LookupError,
-  NameError,
-  RuntimeError,
-  TypeError,
-  ValueError,
-  errors.FlaxError,
-)
+ERRORS = (*mistakes.FOREIGN_ERRORS, errors.FlaxError)
 INSTALL = "pip install -r experiments/bench/requirements.txt"
 # Of an error's message.
 _LONGEST = 120

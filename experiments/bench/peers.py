@@ -14,8 +14,6 @@ rows say so, and the rest is measured.
 """
 
 import argparse
-import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -225,11 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except checks.ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  command = ["python", "-m", "experiments.bench.peers", *argv]
-  results["command"] = shlex.join(command)
-  results["wall_seconds"] = time.perf_counter() - start
-  path = given.workdir / f"peers_{turns.slug(results['device'])}.json"
-  path.write_text(json.dumps(results, indent=2) + "\n")
+  path = turns.write(results, given.workdir, "peers", argv, start)
   peer_plot.draw(results["networks"], path.with_suffix(".png"))
   for name, network in results["networks"].items():
     print(f"\n{name}, batch {network['batch_size']}, {results['device']}\n")

@@ -11,9 +11,6 @@ to time. Memory is what the compiled program asks
 for: arguments, results and temporaries, less what they share.
 """
 
-import copy
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -33,48 +30,24 @@ _ROUNDS = flags.DEFINE_integer(
 )
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps per timing.", lower_bound=1)
 
-_MIB = 2**20
 _INPUT_STEPS = 30
 
 
 def variants(config: Any) -> dict[str, Any]:
   """{label: config} of what is compared; the first one is the baseline."""
   b_max = config.precision.b_max
-  methods = [
-    ("float", "float", None, None),
-    (f"static{b_max}", f"static{b_max}", None, None),
-    ("dpc", "dpc", None, None),
-  ]
+  texts = {"float": "float", f"static{b_max}": f"static{b_max}", "dpc": "dpc"}
   if b_max <= 8:
-    methods += [
-      ("dpc, 8-bit storage", "dpc", 8, None),
-      ("dpc, 8-bit storage, norms", "dpc", 8, "norms"),
-      ("dpc, 8-bit storage, norms8", "dpc", 8, "norms8"),
-    ]
-  configs = {}
-  for label, method, storage, remat in methods:
-    variant = copy.deepcopy(config)
-    variant.precision.method = method
-    variant.precision.storage_bits = storage
-    variant.remat = remat
-    configs[label] = variant
-  return configs
-
-
-def compile_variant(parts: build.Parts) -> turns.Variant:
-  """Compiles a variant's train step and makes its first state."""
-  programs = build.compile_programs(parts)
-  memory = programs.train_step.memory_analysis()
-  return turns.Variant(
-    step=programs.train_step,
-    state=programs.init(),
-    compile_seconds=programs.seconds,
-    peak_bytes=memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    + memory.temp_size_in_bytes
-    - memory.alias_size_in_bytes,
-    temporary_bytes=memory.temp_size_in_bytes,
-  )
+    stored = "dpc,storage_bits=8"
+    texts |= {
+      "dpc, 8-bit storage": stored,
+      "dpc, 8-bit storage, norms": f"{stored},remat=norms",
+      "dpc, 8-bit storage, norms8": f"{stored},remat=norms8",
+    }
+  return {
+    label: builds.variant(config, text, "variant")
+    for label, text in texts.items()
+  }
 
 
 def input_rate(parts: build.Parts) -> float:
@@ -98,12 +71,9 @@ def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
     turns.warm_up(next(iter(built.values())))
     for label, parts in built.items():
       print(f"compiling {label}", flush=True)
-      compiled[label] = compile_variant(parts)
-  batches = parts.feed.train(0, 1)
-  rows = next(batches)
-  batches.close()
+      compiled[label] = turns.compile_step(parts)
   seconds = turns.time_in_turns(
-    compiled, sharding.put_batch(rows, parts.mesh), rounds, steps
+    compiled, turns.first_batch(parts), rounds, steps
   )
   base = next(iter(compiled))
   unit = parts.task.unit
@@ -115,9 +85,9 @@ def measure(config: Any, rounds: int, steps: int) -> dict[str, Any]:
       "milliseconds": 1e3 * median,
       f"{unit}_per_second": config.batch_size * per_row / median,
       "compile_seconds": variant.compile_seconds,
-      "peak_mib": variant.peak_bytes / _MIB,
+      "peak_mib": variant.peak_bytes / turns.MIB,
       "peak_ratio": variant.peak_bytes / compiled[base].peak_bytes,
-      "temporary_mib": variant.temporary_bytes / _MIB,
+      "temporary_mib": variant.temporary_bytes / turns.MIB,
       "temporary_ratio": variant.temporary_bytes
       / compiled[base].temporary_bytes,
     }
@@ -139,13 +109,7 @@ def main() -> None:
   start = time.perf_counter()
   workdir = cli.make_workdir()
   results = measure(cli.FLAGS.config, _ROUNDS.value, _STEPS.value)
-  results["command"] = " ".join(
-    ["python -m experiments.bench.step", *map(shlex.quote, sys.argv[1:])]
-  )
-  results["wall_seconds"] = time.perf_counter() - start
-  name = f"step_{results['model']}_{turns.slug(results['device'])}.json"
-  path = workdir / name
-  path.write_text(json.dumps(results, indent=2) + "\n")
+  path = turns.write(results, workdir, "step", sys.argv[1:], start)
   unit = results["unit"]
   header = (
     "train step",

@@ -2,7 +2,10 @@
 
 import argparse
 import contextlib
+import json
+import pathlib
 import re
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -180,6 +183,33 @@ def no_cache() -> Iterator[None]:
   finally:
     jax.config.update("jax_enable_compilation_cache", before)
     compilation_cache.reset_cache()
+
+
+def write(
+  results: dict[str, Any],
+  folder: pathlib.Path,
+  name: str,
+  argv: Sequence[str],
+  start: float,
+) -> pathlib.Path:
+  """Writes NAME[_MODEL]_DEVICE.json, and adds how it was made.
+
+  Args:
+    results: with `device`, and `model` where there is one; gets `command` and
+      `wall_seconds`.
+    folder: where to.
+    name: of the program in this folder.
+    argv: its flags.
+    start: `time.perf_counter()` when it began.
+  """
+  results["command"] = shlex.join(
+    ["python", "-m", f"experiments.bench.{name}", *argv]
+  )
+  results["wall_seconds"] = time.perf_counter() - start
+  parts = [name, results.get("model"), slug(results["device"])]
+  path = folder / f"{'_'.join(filter(None, parts))}.json"
+  path.write_text(json.dumps(results, indent=2) + "\n")
+  return path
 
 
 @contextlib.contextmanager
